@@ -1,0 +1,185 @@
+"""The gate: decides once per mini-batch whether a residual branch is computed at all.
+
+Training draws ``b ~ Bernoulli(p)`` and a block with ``b = 0`` is skipped, forward and backward; evaluation weights the
+branch by p (Huang et al., 2016, equations 2 and 5).
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sdzoo.errors import InputError, nearest
+
+MODES = ("batch", "sample")
+
+
+class Gate(nn.Module):
+    """The survival probability p of one residual block, and the draws from it.
+
+    p is kept twice, the same float32 number: as a Python float for the draw (no host synchronisation) and as the
+    persistent buffer ``survival_prob`` for evaluation and the state dict. Only :meth:`set` and loading write them.
+
+    Args:
+        survival_prob: p, in (0, 1].
+        mode: ``"batch"`` draws one gate per mini-batch and skips; ``"sample"`` multiplies by an unscaled 0/1 mask per
+            sample and computes everything (for whole-graph compilation).
+        explicit: Whether the user asked for this p; loading then keeps it and rescales the weights instead.
+    """
+
+    if TYPE_CHECKING:  # at run time TorchScript would trip over the annotations
+        survival_prob: Tensor
+        planned: bool | None
+        last_draw: bool | None
+
+    def __init__(
+        self,
+        survival_prob: float = 1.0,
+        mode: str = "batch",
+        explicit: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise InputError(f'mode is "{mode}"; known: {", ".join(MODES)}{nearest(str(mode), MODES)}')
+        self.p = _float32(survival_prob)
+        self.mode = mode
+        self.explicit = explicit
+        self.planned = None
+        self.last_draw = None
+        self.register_buffer("survival_prob", torch.full((), self.p, dtype=torch.float32, device=device))
+
+    def set(self, survival_prob: float) -> None:
+        """Set p, the float and the buffer, both to the nearest float32."""
+        self.p = _float32(survival_prob)
+        self.survival_prob = torch.full((), self.p, dtype=torch.float32, device=self.survival_prob.device)
+
+    def draw(self) -> bool:
+        """Return whether the branch is computed in this mini-batch: the planned bit if there is one, else a draw.
+
+        Draws from torch's global CPU generator, which gradient checkpointing restores; p = 1 draws nothing.
+        """
+        if self.planned is not None:
+            is_open = self.planned
+        else:
+            is_open = self.p >= 1 or torch.rand((), device="cpu").item() < self.p
+        self.last_draw = is_open
+        return is_open
+
+    @torch.jit.unused
+    def sample_mask(self, branch: Tensor) -> Tensor:
+        """Return an unscaled 0/1 mask ``(B, 1, ...)`` for ``branch`` ``(B, ...)``, drawn on its device."""
+        shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+        if self.planned is not None:
+            return branch.new_full(shape, float(self.planned))
+        return (torch.rand(shape, device=branch.device) < self.p).to(branch.dtype)
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Return ``branch`` ``(B, ...)`` weighted by p in evaluation, masked per sample in training."""
+        if self.training:
+            return branch * self.sample_mask(branch)
+        return branch * self.survival_prob
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
+        super()._apply(fn, recurse)
+        # half(), bfloat16() and to_empty() would lose digits of p, or all of it; the float still has them.
+        self.set(self.p)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key, error_msgs = prefix + "survival_prob", args[-1]
+        if key in state_dict:
+            stored = state_dict[key]
+            p = float(stored) if stored.numel() == 1 else float("nan")
+            if not 0 < p <= 1:
+                error_msgs.append(f"{key} is {stored.tolist()}; a survival probability must lie in (0, 1]")
+                p = self.p
+            state_dict[key] = torch.tensor(p, dtype=torch.float32)
+            self.set(p)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"survival_prob={self.p:.6g}, mode={self.mode!r}"
+
+
+def _float32(number: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """``(x, *parameters) -> x``, whose backward hands every parameter that wants a gradient a zero one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters  # for their shape and strides only; nothing is read in backward
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        zeros = (torch.zeros_like(p) if w else None for p, w in zip(ctx.parameters, wanted, strict=True))
+        return grads[0], *zeros
+
+
+def with_zero_gradients(x: Tensor, module: nn.Module) -> Tensor:
+    """Return a view of ``x`` through which every trainable parameter of ``module`` gets a zero gradient.
+
+    Zero, not None: DDP then needs no search for unused parameters, and SGD's weight decay and momentum act on a skipped
+    block as in the authors' code. An in-place operation must not follow directly: the result is a view.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters or not torch.is_grad_enabled():
+        return x
+    return _ZeroGradients.apply(x, *parameters)  # type: ignore[no-any-return]
+
+
+def gates(model: nn.Module) -> list[Gate]:
+    """Return the gates of ``model``, input to output.
+
+    Raises:
+        InputError: if it has none, as a folded model.
+    """
+    found = [module for module in model.modules() if isinstance(module, Gate)]
+    if not found:
+        raise InputError(f"{type(model).__name__} has no gates: it is folded, or not a stochastic-depth model")
+    return found
+
+
+def live_blocks(model: nn.Module) -> list[bool]:
+    """Return which residual blocks the last training forward computed, input to output.
+
+    Raises:
+        InputError: if no forward in training has drawn yet, or the gates are per sample (nothing is skipped then).
+    """
+    draws = [gate.last_draw for gate in gates(model)]
+    if any(draw is None for draw in draws):
+        raise InputError('no gates drawn yet: call the model in training mode, with mode="batch", first')
+    return [bool(draw) for draw in draws]
+
+
+@contextmanager
+def fixed_gates(model: nn.Module, bits: Sequence[bool | int]) -> Iterator[None]:
+    """Make every training forward inside the ``with`` use ``bits``, one per block, input to output, instead of drawing.
+
+    Raises:
+        InputError: if there is not one 0 or 1 per block, or a gate is in evaluation, where it would have no effect.
+    """
+    found, bits = gates(model), list(bits)
+    if len(bits) != len(found):
+        raise InputError(f"bits has {len(bits)} entries; the model has {len(found)} blocks")
+    for index, bit in enumerate(bits):
+        if bit not in (0, 1):
+            raise InputError(f"bits[{index}] is {bit!r}; each must be 0 (skip) or 1 (compute)")
+    if not all(gate.training for gate in found):
+        raise InputError("gates are drawn in training only; the model is in evaluation: call model.train() first")
+    before = [gate.planned for gate in found]
+    for gate, bit in zip(found, bits, strict=True):
+        gate.planned = bool(bit)
+    try:
+        yield
+    finally:
+        for gate, planned in zip(found, before, strict=True):
+            gate.planned = planned

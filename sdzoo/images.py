@@ -1,0 +1,86 @@
+"""From a picture to the array a model takes: opened, checked, resized, normalised, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+from sdzoo.errors import InputError
+
+MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
+MIN_SIDE = 8
+
+
+def open_image(path: str | Path, in_chans: int = 3, convert: bool = False) -> Image.Image:
+    """Return the decoded picture at ``path``, as RGB (``in_chans`` 3) or grey (1).
+
+    Args:
+        path: An image file of any format that Pillow reads.
+        in_chans: Channels that the model takes.
+        convert: Convert a picture of another colour mode instead of refusing it; transparency is dropped.
+
+    Raises:
+        InputError: if the file is missing, no image, truncated, of another colour mode, or under 8 pixels on a side.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that can be read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be decoded: {error}") from None
+    return check_image(image, in_chans, convert, str(path))
+
+
+def check_image(image: Image.Image, in_chans: int = 3, convert: bool = False, name: str = "the image") -> Image.Image:
+    """Return ``image`` in the colour mode that ``in_chans`` asks for; ``name`` is what an error calls it.
+
+    Raises:
+        InputError: as :func:`open_image`.
+    """
+    mode = MODE_OF_CHANNELS.get(in_chans)
+    if mode is None:
+        raise InputError(f"a model with {in_chans} input channels takes arrays, not pictures ({name})")
+    if min(image.size) < MIN_SIDE:
+        raise InputError(f"{name} is {image.width}x{image.height} pixels; at least {MIN_SIDE}x{MIN_SIDE}")
+    if image.mode != mode:
+        if not convert:
+            raise InputError(f"{name} is {image.mode}; the model takes {mode}: convert it first, or ask for conversion")
+        return image.convert(mode)
+    return image
+
+
+def input_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
+    """Return timm's data config of ``model``: input_size ``(C, H, W)``, mean, std, interpolation, crop_pct, crop_mode.
+
+    Where the model's channels are not those of its mean and std, each channel takes their average.
+    """
+    config = resolve_data_config(overrides, model=model)
+    in_chans = getattr(model, "in_chans", config["input_size"][0])
+    config["input_size"] = (in_chans, *config["input_size"][1:])
+    for name in ("mean", "std"):
+        if len(config[name]) != in_chans:
+            config[name] = (sum(config[name]) / len(config[name]),) * in_chans
+    return config
+
+
+def resizer(config: dict[str, Any]) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """Return timm's evaluation resize and centre crop, from a picture to uint8 ``(C, H, W)``."""
+    names = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    return create_transform(**given, is_training=False, use_prefetcher=True)  # type: ignore[return-value]
+
+
+def normalise(images: NDArray[np.uint8], config: dict[str, Any]) -> NDArray[np.float32]:
+    """Return ``(images / 255 - mean) / std`` for uint8 ``(B, C, H, W)``, in float32."""
+    mean, std = (np.asarray(config[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+    return (images.astype(np.float32) / np.float32(255) - mean) / std

@@ -1,0 +1,137 @@
+"""Checkpoints: what a run writes, and the only way weights from a file become a model.
+
+Two kinds: ``*.safetensors`` holds weights and says in its header which model they are; ``*.pth`` also holds what a run
+needs to go on. Neither is ever unpickled into anything but tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sdzoo.errors import InputError, nearest
+from sdzoo.files import atomic_path
+from sdzoo.gate import gates
+from sdzoo.images import input_config
+
+FORMAT = "sdzoo-1"
+
+
+def describe(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return what is needed, beside the state dict, to build ``model`` again and to feed it pictures."""
+    config = input_config(model)
+    return {
+        "format": FORMAT,
+        "arch": model.pretrained_cfg["architecture"],  # type: ignore[index]
+        "num_classes": model.num_classes,
+        "in_chans": model.in_chans,
+        "labels": list(labels),
+        "mode": gates(model)[0].mode,
+        **{name: config[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")},
+    }
+
+
+def save_weights(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    """Write a safetensors file of ``model``, whole or not at all."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata={"sdzoo": json.dumps(description)})
+
+
+def save_run(path: Path, state: dict[str, Any]) -> None:
+    """Write a resumable checkpoint with timm's keys (``state_dict``, ``optimizer``, ``epoch``), whole or not at all."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict in a checkpoint, and everything else it says (for safetensors: its description).
+
+    Raises:
+        InputError: if the file is missing, damaged, of another kind, or a pickle that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("sdzoo", "{}"))
+            return safetensors.torch.load_file(path), header
+        except (SafetensorError, ValueError) as error:
+            raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds more than tensors and plain values; it is not loaded, none of it ran") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    state = content.pop("state_dict", content)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state dict")
+    return state, content if content is not state else {}
+
+
+def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
+    """Return the model in a checkpoint, in evaluation mode.
+
+    Args:
+        path: A checkpoint that sdzoo wrote, or another one with ``arch``.
+        arch: The model's name in timm, for files that do not say.
+
+    Raises:
+        InputError: as :func:`read_checkpoint`; or if the weights do not fit, with missing and unexpected keys.
+    """
+    state, description = read_checkpoint(path)
+    arch = arch or description.get("arch")
+    if not arch:
+        raise InputError(f"{path} does not say which model it is; name it with --arch")
+    if not timm.is_model(arch):
+        raise InputError(f'"{arch}" is not a model{nearest(arch, timm.list_models("sd_*"))} ({path})')
+    overlay = {name: description[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in description}
+    overlay |= {"input_size": tuple(description["input_size"])} if "input_size" in description else {}
+    overlay |= {"label_names": tuple(description["labels"]), "tag": ""} if "labels" in description else {}
+    given = {name: description[name] for name in ("num_classes", "in_chans", "mode") if name in description}
+    model = timm.create_model(arch, pretrained_cfg_overlay=overlay, **given)
+    load_state(model, state, str(path))
+    return model.eval()
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a whole state dict into ``model``.
+
+    Raises:
+        InputError: listing missing, unexpected and misshapen tensors; the model is not usable then.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    # Weights of a constant-depth network hold no survival probability: the loading rule knows what to do.
+    missing = [name for name in missing if not name.endswith("gate.survival_prob")]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if faults := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
+        raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{source}: {' '.join(str(error).split())}") from None
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
