@@ -1,19 +1,59 @@
-"""ResNets with stochastic depth for timm. Importing sdzoo registers its models: ``timm.create_model("sd_resnet110")``."""
+"""ResNets with stochastic depth for timm.
 
-from sdzoo import sd_resnet_cifar as _sd_resnet_cifar
+Importing sdzoo registers its models: ``timm.create_model("sd_resnet110")``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+import sdzoo.sd_resnet_cifar  # noqa: F401  registers the models
 from sdzoo.fold import fold
 from sdzoo.gate import fixed_gates, live_blocks
 from sdzoo.schedule import constant_depth, linear_decay, uniform
 from sdzoo.survival import set_survival, survival_probs
 
+if TYPE_CHECKING:
+    from sdzoo.deploy.benchmark import benchmark
+    from sdzoo.deploy.onnx_export import export_onnx
+    from sdzoo.deploy.runtime import load_predictor
+    from sdzoo.train.engine import train
+    from sdzoo.train.evaluate import evaluate
+
 __all__ = [
+    "benchmark",
     "constant_depth",
+    "evaluate",
+    "export_onnx",
     "fixed_gates",
     "fold",
     "linear_decay",
     "live_blocks",
+    "load_predictor",
     "set_survival",
     "survival_probs",
+    "train",
     "uniform",
 ]
-__version__ = "0.1.0"
+
+# Imported when first asked for, so that ``import sdzoo`` costs little more than ``import timm``.
+_LAZY = {
+    "benchmark": "sdzoo.deploy.benchmark",
+    "evaluate": "sdzoo.train.evaluate",
+    "export_onnx": "sdzoo.deploy.onnx_export",
+    "load_predictor": "sdzoo.deploy.runtime",
+    "train": "sdzoo.train.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

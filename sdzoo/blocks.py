@@ -76,13 +76,15 @@ class ResidualBlock(nn.Module):
             self.scale_branch_(p_old / self.gate.p)
         self.gate.explicit = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         """Keep the evaluation function that the weights had, whatever this block's survival probability.
 
         Weights without a survival probability count as p = 1. A block whose p was asked for explicitly keeps it, else
         it takes the weights' own; wherever the two differ, the weights are rescaled by p_old / p_new as they pass.
         """
-        local_metadata, error_msgs = args[0], args[-1]
+        error_msgs = args[-1]
         block, key = prefix[:-1] or "the block", prefix + "gate.survival_prob"
         held = [name for name in state_dict if name.startswith(prefix)]
         lacking = [name for name in self.branch_scale if prefix + name not in state_dict]
@@ -108,7 +110,7 @@ class ResidualBlock(nn.Module):
                     state_dict[prefix + name] = (weight.double() * ratio**power).to(dtype) if ratio != 1 else weight
                 if 0 < p_old <= 1:  # else the gate reports it
                     state_dict[key] = torch.tensor(self.gate.p)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class BasicBlock(ResidualBlock):

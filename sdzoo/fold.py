@@ -11,6 +11,7 @@ block's own ``scale_branch_``; this module knows the pair. The arithmetic is in 
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TypeVar
 
 import torch
@@ -60,8 +61,8 @@ def fold(model: Model) -> Model:
         raise InputError(f"cannot fold in training mode ({training[0]}): call model.eval() first")
     folded = copy.deepcopy(model)
     for module in list(folded.modules()):
-        if hasattr(module, "fuse"):
-            module.fuse()
+        if callable(fuse := getattr(module, "fuse", None)):
+            fuse()
     _fuse_stem(folded)
     left = [name for name, module in folded.named_modules() if isinstance(module, (nn.BatchNorm2d, Gate))]
     if left:
@@ -72,7 +73,7 @@ def fold(model: Model) -> Model:
 def _fuse_stem(model: nn.Module) -> None:
     # A model's children stand in call order (timm's features_only relies on it), so a neighbour is what feeds the norm.
     children = list(model.named_children())
-    for (conv_name, conv), (bn_name, bn) in zip(children, children[1:], strict=False):
+    for (conv_name, conv), (bn_name, bn) in itertools.pairwise(children):
         if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
             setattr(model, conv_name, fuse_conv_bn(conv, bn))
             setattr(model, bn_name, nn.Identity())

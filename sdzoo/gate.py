@@ -89,7 +89,9 @@ class Gate(nn.Module):
         self.set(self.p)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         key, error_msgs = prefix + "survival_prob", args[-1]
         if key in state_dict:
             stored = state_dict[key]

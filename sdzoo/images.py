@@ -77,10 +77,11 @@ def resizer(config: dict[str, Any]) -> Callable[[Image.Image], NDArray[np.uint8]
     """Return timm's evaluation resize and centre crop, from a picture to uint8 ``(C, H, W)``."""
     names = ("input_size", "interpolation", "crop_pct", "crop_mode")
     given = {name: config[name] for name in names if config.get(name) is not None}
-    return create_transform(**given, is_training=False, use_prefetcher=True)  # type: ignore[return-value]
+    transform: Any = create_transform(**given, is_training=False, use_prefetcher=True)
+    return lambda image: np.asarray(transform(image))
 
 
 def normalise(images: NDArray[np.uint8], config: dict[str, Any]) -> NDArray[np.float32]:
     """Return ``(images / 255 - mean) / std`` for uint8 ``(B, C, H, W)``, in float32."""
     mean, std = (np.asarray(config[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
-    return (images.astype(np.float32) / np.float32(255) - mean) / std
+    return ((images.astype(np.float32) / np.float32(255) - mean) / std).astype(np.float32, copy=False)

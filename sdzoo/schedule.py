@@ -83,9 +83,7 @@ def resolve_survival_probs(
             raise InputError("survival_probs already says everything: give it without drop_path_rate and schedule")
         return check_survival_probs(survival_probs, num_blocks), explicit
     if schedule is not None and schedule not in SCHEDULES:
-        raise InputError(
-            f'schedule is "{schedule}"; known: {", ".join(SCHEDULES)}{nearest(str(schedule), SCHEDULES)}'
-        )
+        raise InputError(f'schedule is "{schedule}"; known: {", ".join(SCHEDULES)}{nearest(str(schedule), SCHEDULES)}')
     if schedule == "constant_depth":
         if drop_path_rate:
             raise InputError(f"constant_depth drops nothing, but drop_path_rate is {drop_path_rate}")

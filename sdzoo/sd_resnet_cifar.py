@@ -6,8 +6,9 @@ pooling, a linear classifier (He et al., 2015, section 4.2; shortcuts as in the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import create_classifier, get_act_layer, get_norm_layer
@@ -74,8 +75,7 @@ class SDResNetCifar(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        act, norm = get_act_layer(act_layer), get_norm_layer(norm_layer)
-        assert act is not None and norm is not None
+        act, norm = cast(type[nn.Module], get_act_layer(act_layer)), cast(type[nn.Module], get_norm_layer(norm_layer))
         probs, explicit = resolve_survival_probs(3 * blocks_per_stage, drop_path_rate, schedule, survival_probs)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -85,21 +85,28 @@ class SDResNetCifar(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, padding=1, bias=False, **dd)
         self.bn1 = norm(WIDTHS[0], **dd)
         self.act1 = act(inplace=True)
-        feature_info: list[dict[str, Any]] = []
-        stage_in, p_of_blocks = WIDTHS[0], iter(probs)
-        for index, (name, width) in enumerate(zip(STAGES, WIDTHS, strict=True)):
-            stage = nn.Sequential()
-            for block in range(blocks_per_stage):
-                gate = Gate(next(p_of_blocks), mode, explicit, device)
-                stage.append(BasicBlock(stage_in if block == 0 else width, width, gate, act, norm, **dd))
-            self.add_module(name, stage)
-            feature_info.append({"num_chs": width, "reduction": 2**index, "module": name})
-            stage_in = width
-        self.feature_info = feature_info
+        p_of_blocks = iter(probs)
+
+        def stage(in_chans: int, width: int) -> nn.Sequential:
+            widths = [in_chans] + [width] * blocks_per_stage
+            return nn.Sequential(
+                *(
+                    BasicBlock(a, b, Gate(next(p_of_blocks), mode, explicit, device), act, norm, **dd)
+                    for a, b in itertools.pairwise(widths)
+                )
+            )
+
+        self.layer1 = stage(WIDTHS[0], WIDTHS[0])
+        self.layer2 = stage(WIDTHS[0], WIDTHS[1])
+        self.layer3 = stage(WIDTHS[1], WIDTHS[2])
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2**index, "module": name}
+            for index, (name, width) in enumerate(zip(STAGES, WIDTHS, strict=True))
+        ]
         self.num_features = self.head_hidden_size = WIDTHS[-1]
-        self.global_pool, self.head_drop, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
-        )
+        self.global_pool, fc = self._classifier(num_classes, global_pool, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.fc = fc
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -108,25 +115,24 @@ class SDResNetCifar(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
+    def _classifier(self, num_classes: int, global_pool: str, **dd: Any) -> tuple[nn.Module, nn.Module]:
+        return cast(Any, create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd))
+
     def _stages(self) -> list[nn.Sequential]:
         return [self.layer1, self.layer2, self.layer3]
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return timm's parameter groups for layer decay: by stage if ``coarse``, else by block."""
         return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that never decay: none; the authors decay every parameter."""
         return set()
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass, under the same gates, instead of keeping their activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Return the linear classifier, or ``nn.Identity`` if there is none."""
         return self.fc
@@ -135,13 +141,8 @@ class SDResNetCifar(nn.Module):
         """Replace the classifier by a new one for ``num_classes`` (0: none), and the pooling if one is named."""
         self.num_classes = num_classes
         like = next(self.parameters())
-        self.global_pool, self.fc = create_classifier(
-            self.num_features,
-            num_classes,
-            pool_type=self.global_pool.pool_type if global_pool is None else global_pool,
-            device=like.device,
-            dtype=like.dtype,
-        )
+        pool = cast(str, self.global_pool.pool_type) if global_pool is None else global_pool
+        self.global_pool, self.fc = self._classifier(num_classes, pool, device=like.device, dtype=like.dtype)
 
     def forward_intermediates(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.readers import create_reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,7 +49,7 @@ def load_image_set(data_dir: str | Path, split: str, data_config: dict[str, Any]
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected {data_dir}/{split}/<class>/<image>")
     try:
-        reader = create_reader("", root=str(folder))
+        reader = ReaderImageFolder(str(folder))
     except RuntimeError:
         raise InputError(f"{folder} holds no images; expected {folder}/<class>/<image>") from None
     in_chans, height, width = data_config["input_size"]
@@ -82,7 +82,7 @@ def pad_crop_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
         offsets: ``(B, 2)`` in 0..8: rows and columns into the image padded by 4; 4 is no shift.
         flips: ``(B,)`` bool: mirror left to right.
     """
-    batch, channels, height, width = images.shape
+    batch, _, height, width = images.shape
     padded = F.pad(images, (PAD, PAD, PAD, PAD)).permute(0, 2, 3, 1)
     rows = offsets[:, 0, None] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(batch, width)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from sdzoo.errors import InputError, nearest
 from sdzoo.files import atomic_path
-from sdzoo.gate import fixed_gates, gates, live_blocks
+from sdzoo.gate import fixed_gates, live_blocks
 from sdzoo.images import input_config
 from sdzoo.survival import survival_probs
 from sdzoo.train.checkpoint import describe, load_state, read_checkpoint, save_run, save_weights
@@ -34,7 +34,16 @@ from sdzoo.train.evaluate import evaluate
 from sdzoo.train.recipe import Recipe
 from sdzoo.train.streams import stream, stream_seed
 
-LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "live_blocks", "seconds", "val_loss", "val_top1_percent")
+LOG_COLUMNS: tuple[str, ...] = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "live_blocks",
+    "seconds",
+    "val_loss",
+    "val_top1_percent",
+)
 
 
 class Diverged(RuntimeError):
@@ -112,7 +121,7 @@ class _Run:
             momentum=recipe.momentum,
             **recipe.opt_kwargs,
         )
-        self.scheduler, _ = create_scheduler_v2(
+        scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=recipe.sched,
             num_epochs=recipe.epochs,
@@ -124,6 +133,8 @@ class _Run:
             step_on_epochs=not recipe.sched_on_updates,
             updates_per_epoch=self.batches,
         )
+        assert scheduler is not None
+        self.scheduler = scheduler
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
         if self.last.exists():
@@ -134,9 +145,7 @@ class _Run:
         if classes != self.val_set.classes:
             raise InputError(f"the splits of {data_dir} have different classes")
         if self.model.num_classes != len(classes):
-            raise InputError(
-                f"{data_dir} has {len(classes)} classes, the model {self.model.num_classes}; set num_classes: {len(classes)}"
-            )
+            raise InputError(f"{data_dir} has {len(classes)} classes, the model {self.model.num_classes}")
         if not self.batches:
             raise InputError(f"{len(self.train_set)} training images do not fill a batch of {self.recipe.batch_size}")
 
@@ -187,7 +196,9 @@ class _Run:
                 bar.update(recipe.batch_size)
                 if stop.is_set():
                     self._save_last()
-                    raise Interrupted(f"stopped in epoch {progress.epoch + 1}, batch {progress.batch}; {self.last} goes on")
+                    raise Interrupted(
+                        f"stopped in epoch {progress.epoch + 1}, batch {progress.batch}; {self.last} goes on"
+                    )
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
         """Do one optimizer step and return its loss."""
@@ -239,9 +250,10 @@ class _Run:
             writer = csv.DictWriter(file, LOG_COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
+        best = f"best {progress.best_top1_percent:.2f} % at {progress.best_epoch}"
         print(
             f"epoch {row['epoch']}/{self.recipe.epochs}: loss {row['train_loss']:.3f}, "
-            f"val top-1 {row['val_top1_percent']:.2f} % (best {progress.best_top1_percent:.2f} % at {progress.best_epoch}), "
+            f"val top-1 {row['val_top1_percent']:.2f} % ({best}), "
             f"live blocks {row['live_blocks']:.2f} of {len(self.probs)}, {row['seconds']:.0f} s",
             flush=True,
         )
@@ -276,7 +288,9 @@ def create_model(recipe: Recipe) -> nn.Module:
     if not timm.is_model(recipe.model):
         raise InputError(f'"{recipe.model}" is not a model{nearest(recipe.model, timm.list_models("sd_*"))}')
     given: dict[str, Any] = {"num_classes": recipe.num_classes} if recipe.num_classes is not None else {}
-    overlay = {name: getattr(recipe, name) for name in ("mean", "std", "interpolation", "crop_pct") if getattr(recipe, name)}
+    overlay = {
+        name: getattr(recipe, name) for name in ("mean", "std", "interpolation", "crop_pct") if getattr(recipe, name)
+    }
     return timm.create_model(
         recipe.model,
         pretrained=recipe.pretrained,

@@ -27,6 +27,15 @@ def card(name: str) -> dict[str, Any]:
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def tag_of(state_sha256: str) -> str | None:
+    """Return the tag of the bundled weights whose state dict has this digest, None if they are not bundled."""
+    for file in sorted(FOLDER.glob("*.safetensors")):
+        name = file.name.removesuffix(".safetensors")
+        if card(name)["state_sha256"] == state_sha256:
+            return name.partition(".")[2]
+    return None
+
+
 def check(file: str | Path | None) -> None:
     """Compare a bundled file with the sha256 of its card, before anything reads it; leave other files alone.
 

@@ -1,0 +1,7 @@
+"""``python -m sdzoo``."""
+
+import sys
+
+from sdzoo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""From a model to a file that was proved equal to it, and back to predictions."""

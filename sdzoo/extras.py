@@ -1,0 +1,24 @@
+"""Optional dependencies: their absence is said with the extra that brings them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from sdzoo.errors import InputError
+
+EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "matplotlib": "plots"}
+
+
+class MissingExtra(InputError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require(*modules: str) -> None:
+    """Check that optional modules can be imported; call it before importing them where they are used.
+
+    Raises:
+        MissingExtra: an ImportError naming the extra of sdzoo to install.
+    """
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
+        raise MissingExtra(f'{", ".join(missing)} not installed; install with: pip install "sdzoo[{extras}]"')
