@@ -233,6 +233,11 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, blocks_per_stage: int, pretrained: bool, **kwargs: Any) -> nn.Module:
     if pretrained:
+        # What the config.json of the weights says of survival is no request: timm keeps only half of it, they all of it.
+        saved = kwargs.get("pretrained_model_args") or {}
+        for name in ("schedule", "survival_probs"):
+            if name in saved and kwargs.get(name) == saved[name]:
+                del kwargs[name]
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         weights.check(cfg.file)
     return build_model_with_cfg(

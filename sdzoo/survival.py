@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import nn
 
 from sdzoo.blocks import ResidualBlock
@@ -12,12 +13,12 @@ from sdzoo.schedule import check_survival_probs
 
 
 def survival_probs(model: nn.Module) -> list[float]:
-    """Return p_l of every residual block, input to output.
+    """Return p_l of every residual block, input to output: the shortest decimals that are the stored float32 numbers.
 
     Raises:
         InputError: if ``model`` has none: a folded model has them in its weights.
     """
-    return [gate.p for gate in gates(model)]
+    return [float(str(np.float32(gate.p))) for gate in gates(model)]
 
 
 def set_survival(model: nn.Module, probs: Sequence[float]) -> None:

@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from sdzoo.errors import InputError, nearest
 from sdzoo.files import atomic_path
-from sdzoo.gate import fixed_gates, live_blocks
+from sdzoo.gate import fixed_gates, gates, live_blocks
 from sdzoo.images import input_config
-from sdzoo.survival import survival_probs
 from sdzoo.train.checkpoint import describe, load_state, read_checkpoint, save_run, save_weights
 from sdzoo.train.data import load_image_set, normaliser, training_batches
 from sdzoo.train.evaluate import evaluate
@@ -99,7 +98,7 @@ class _Run:
 
         torch.manual_seed(stream_seed(recipe.seed, "init"))
         self.model = create_model(recipe)
-        self.probs = survival_probs(self.model)
+        self.probs = [gate.p for gate in gates(self.model)]
         config = input_config(self.model)
         self.train_set = load_image_set(data_dir, recipe.train_split, config)
         self.val_set = load_image_set(data_dir, recipe.val_split, config)

@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	$(BIN)/sdzoo demo -o demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@if $(BIN)/pip install --quiet --dry-run --no-deps --requirement constraints.txt >/dev/null 2>&1; then \
+		constraint="--constraint constraints.txt"; \
+	else \
+		echo "constraints.txt does not fit here; taking the newest versions"; \
+	fi; \
+	echo "installing sdzoo and what it needs into .venv (a few minutes)"; \
+	$(BIN)/pip install --quiet $$constraint --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv demo dist

@@ -1,0 +1,38 @@
+"""Interleaved timing: candidates take turns, so that a busy machine slows all alike; ratios are of the same turn."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds that each candidate took in each of ``rounds`` rounds, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(rounds + 1):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            if index:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> str:
+    """Return the median over rounds of ``name`` / ``base``, with the quartiles."""
+    ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{median:.3f} (quartiles {lower:.3f} - {upper:.3f}, {len(ratios)} rounds)"
+
+
+def hardware() -> str:
+    """Return the processor and the number of its cores that this machine has."""
+    import os
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
