@@ -20,6 +20,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises:
         InputError: if the folder does not exist or is not writable.
+        OSError: naming ``path``, if writing fails, as on a full disk.
     """
     path = Path(path)
     if path.is_dir():
@@ -28,7 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path.parent} is not a folder; create it first")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    except PermissionError as error:
+    except OSError as error:
         raise InputError(f"cannot write into {path.parent}: {error.strerror}") from None
     os.close(handle)
     temporary = Path(name)
@@ -40,6 +41,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ needs to go on. Neither is ever unpickled into anything but tensors and plain va
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -42,14 +43,17 @@ def describe(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
 def save_weights(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
     """Write a safetensors file of ``model``, whole or not at all."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    content = safetensors.torch.save(state, metadata={"sdzoo": json.dumps(description)})
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={"sdzoo": json.dumps(description)})
+        temporary.write_bytes(content)
 
 
 def save_run(path: Path, state: dict[str, Any]) -> None:
     """Write a resumable checkpoint with timm's keys (``state_dict``, ``optimizer``, ``epoch``), whole or not at all."""
+    content = io.BytesIO()  # written to a file, torch reports a full disk as an internal error
+    torch.save(state, content)
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
