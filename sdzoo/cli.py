@@ -48,7 +48,8 @@ def _fail(code: int, message: str) -> int:
 
 
 def _list(_: argparse.Namespace) -> None:
-    from sdzoo.zoo import models, summarise
+    from sdzoo.registry import models
+    from sdzoo.zoo import summarise
 
     print(f"{'model':<20}{'parameters':>12}{'MACs':>10}{'layers':>8}{'blocks':>8}{'live':>8}  weights")
     for name in models():
@@ -231,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("predict", _predict, "classify pictures", "sdzoo predict cat.jpg dog.jpg --model demo/model.onnx")
     added.add_argument("image", nargs="+", help="image files")
     added.add_argument("--model", default=BUNDLED, help=f"a model, a checkpoint, or an .onnx file (default: {BUNDLED})")
-    added.add_argument("--top", type=int, default=3, help="classes to show (default: 3)")
+    added.add_argument("--top", type=_positive, default=3, help="classes to show (default: 3)")
     added.add_argument("--convert", action="store_true", help="convert grey or transparent pictures")
     model_options(added, runs=True)
 

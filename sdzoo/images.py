@@ -16,6 +16,8 @@ from sdzoo.errors import InputError
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 MIN_SIDE = 8
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+COLOUR_MODES = {"L": "grey (L)", "RGB": "RGB", "RGBA": "transparent (RGBA)", "P": "of a palette (P)"}
 
 
 def open_image(path: str | Path, in_chans: int = 3, convert: bool = False) -> Image.Image:
@@ -34,9 +36,11 @@ def open_image(path: str | Path, in_chans: int = 3, convert: bool = False) -> Im
             image.load()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; name an image file") from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that can be read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded: {error}") from None
     return check_image(image, in_chans, convert, str(path))
 
@@ -54,7 +58,10 @@ def check_image(image: Image.Image, in_chans: int = 3, convert: bool = False, na
         raise InputError(f"{name} is {image.width}x{image.height} pixels; at least {MIN_SIDE}x{MIN_SIDE}")
     if image.mode != mode:
         if not convert:
-            raise InputError(f"{name} is {image.mode}; the model takes {mode}: convert it first, or ask for conversion")
+            got = COLOUR_MODES.get(image.mode, image.mode)
+            raise InputError(
+                f"{name} is {got}; the model takes {COLOUR_MODES[mode]}: convert it, or allow it (--convert)"
+            )
         return image.convert(mode)
     return image
 

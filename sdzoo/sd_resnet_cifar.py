@@ -233,7 +233,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, blocks_per_stage: int, pretrained: bool, **kwargs: Any) -> nn.Module:
     if pretrained:
-        # What the config.json of the weights says of survival is no request: timm keeps only half of it, they all of it.
+        # What a config.json says of survival is no request: timm keeps half of it there, the weights hold all of it.
         saved = kwargs.get("pretrained_model_args") or {}
         for name in ("schedule", "survival_probs"):
             if name in saved and kwargs.get(name) == saved[name]:

@@ -1,4 +1,4 @@
-"""Which models there are, what they cost, and how one is opened by name or by file."""
+"""What models cost, and how one is opened by name or by file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdzoo.errors import InputError, nearest
+from sdzoo.errors import InputError
 from sdzoo.images import input_config
+from sdzoo.registry import PATTERN, check_name, tags
 from sdzoo.survival import survival_probs
 from sdzoo.train.checkpoint import load_model
-
-PATTERN = "sd_resnet*"
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Summary:
         return sum(self.survival_probs)
 
 
-def models() -> list[str]:
-    """Return the names of sdzoo's models, smallest first."""
-    return timm.list_models(PATTERN)
-
-
 def summarise(name: str) -> Summary:
     """Return what the model ``name`` is made of, with the default schedule (linear decay to 0.5).
 
@@ -53,6 +47,7 @@ def summarise(name: str) -> Summary:
         InputError: if there is no such model.
     """
     check_name(name)
+    model_name = name.partition(".")[0]
     with torch.device("meta"):
         model = timm.create_model(name).eval()
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -65,22 +60,8 @@ def summarise(name: str) -> Summary:
         macs=counter.get_total_flops() // 2,
         layers=sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()),
         survival_probs=tuple(survival_probs(model)),
-        weights=tuple(timm.list_pretrained(name.partition(".")[0])),
+        weights=tuple(f"{model_name}.{tag}" for tag in tags(model_name)),
     )
-
-
-def check_name(name: str) -> None:
-    """Check that ``name`` is one of sdzoo's models, with a tag that it has if it has a tag.
-
-    Raises:
-        InputError: naming the nearest.
-    """
-    arch, _, tag = name.partition(".")
-    if arch not in models():
-        raise InputError(f'"{arch}" is not a model{nearest(arch, models())}')
-    tags = [weight.partition(".")[2] for weight in timm.list_pretrained(arch)]
-    if tag and tag not in tags:
-        raise InputError(f'{arch} has no weights "{tag}"; ' + (f"it has: {', '.join(tags)}" if tags else "it has none"))
 
 
 def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = True) -> nn.Module:
@@ -99,7 +80,7 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
     if Path(name_or_file).name != name_or_file:
         raise InputError(f"{name_or_file} is neither a file nor a model")
     check_name(name_or_file)
-    pretrained = bool(timm.list_pretrained(name_or_file.partition(".")[0]))
+    pretrained = bool(tags(name_or_file.partition(".")[0]))
     if need_weights and not pretrained:
         with_weights = ", ".join(timm.list_pretrained(PATTERN))
         raise InputError(f"{name_or_file} has no weights: give a checkpoint that you trained, or one of {with_weights}")

@@ -15,6 +15,7 @@ from torch import nn
 
 from sdzoo.deploy.onnx_export import export_onnx
 from sdzoo.deploy.runtime import Predictor, load_predictor, model_predictor
+from sdzoo.errors import InputError
 from sdzoo.fold import fold
 
 
@@ -56,8 +57,10 @@ def benchmark(
         progress: Called with what is being measured.
 
     Raises:
-        InputError: as :func:`fold`, :func:`export_onnx` and :func:`load_predictor`.
+        InputError: if ``runs`` is below 2, and as :func:`fold`, :func:`export_onnx` and :func:`load_predictor`.
     """
+    if runs < 2:
+        raise InputError(f"runs is {runs}; quartiles need at least 2")
     threads = threads or torch.get_num_threads()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -184,7 +184,7 @@ def _session(path: str | Path, provider: str, threads: int | None) -> Any:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be loaded with {wanted[0]}: {reason}") from None
+        raise InputError(f"{path} is no whole ONNX file, or {wanted[0]} cannot run it: {reason}") from None
     got = session.get_providers()[0]
     if got != wanted[0]:
         if provider != "auto":

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdzoo.errors import InputError, nearest
+from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 from sdzoo.gate import fixed_gates, gates, live_blocks
 from sdzoo.images import input_config
+from sdzoo.registry import check_name
 from sdzoo.train.checkpoint import describe, load_state, read_checkpoint, save_run, save_weights
 from sdzoo.train.data import load_image_set, normaliser, training_batches
 from sdzoo.train.evaluate import evaluate
@@ -78,14 +79,19 @@ def train(
 
     ``output`` then holds ``best.safetensors``, ``last.pth`` (to resume or extend), ``log.csv`` and ``recipe.yaml``.
     On SIGINT or SIGTERM the run finishes its step, saves itself and raises :class:`Interrupted`; with ``resume`` it
-    goes on from there, to the same weights bit for bit on the same machine, versions and threads.
+    goes on from there, to the same weights bit for bit on the same machine, versions and threads; where there is no run
+    yet, it says so and starts one.
 
     Raises:
         InputError: if the recipe does not fit the data, or ``output`` holds a run and ``resume`` was not asked for, or
             holds the run of another recipe.
         Diverged: if the loss is not finite; ``last.pth`` is from before.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'device "{device}" cannot be had: {str(error).splitlines()[0]}') from None
     return _Run(recipe, Path(data_dir), Path(output), resume, chosen).execute()
 
 
@@ -95,10 +101,14 @@ class _Run:
         self.last, self.best = output / "last.pth", output / "best.safetensors"
         if self.last.exists() and not resume:
             raise InputError(f"{output} already holds a run; resume it, or name another folder")
-
+        if resume and not self.last.exists():
+            print(f"{output} holds no run to resume: starting anew", flush=True)
+        if faults := recipe.faults():
+            raise InputError("; ".join(faults))
         torch.manual_seed(stream_seed(recipe.seed, "init"))
         self.model = create_model(recipe)
         self.probs = [gate.p for gate in gates(self.model)]
+        self.skips = gates(self.model)[0].mode == "batch"
         config = input_config(self.model)
         self.train_set = load_image_set(data_dir, recipe.train_split, config)
         self.val_set = load_image_set(data_dir, recipe.val_split, config)
@@ -112,14 +122,17 @@ class _Run:
         self.task = ClassificationTask(
             self.model, criterion_kwargs={"smoothing": recipe.smoothing}, device=device, verbose=False
         )
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=recipe.opt,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
-            **recipe.opt_kwargs,
-        )
+        try:
+            self.optimizer = create_optimizer_v2(
+                self.model,
+                opt=recipe.opt,
+                lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
+                momentum=recipe.momentum,
+                **recipe.opt_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"opt, opt_kwargs: {error}") from None
         scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=recipe.sched,
@@ -186,7 +199,7 @@ class _Run:
         with bar:
             for images, labels in batches:
                 progress.loss_sum += self._step(images, labels)
-                live = sum(live_blocks(self.model))
+                live = sum(live_blocks(self.model)) if self.skips else len(self.probs)
                 progress.live_sum += live
                 progress.batch += 1
                 progress.step += 1
@@ -210,11 +223,12 @@ class _Run:
             self.scheduler.step(progress.epoch)
         torch.manual_seed(stream_seed(recipe.seed, "dropout", progress.step))
         draws = torch.rand(len(self.probs), generator=stream(recipe.seed, "gates", progress.step)).tolist()
-        with fixed_gates(self.model, [draw < p for draw, p in zip(draws, self.probs, strict=True)]):
+        bits = [draw < p for draw, p in zip(draws, self.probs, strict=True)]
+        with fixed_gates(self.model, bits) if self.skips else nullcontext():
             loss = self.task(images, labels)["loss"]
         value = loss.item()
         if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {progress.step}; {self.last} is from the last whole epoch")
+            raise Diverged(f"the loss is {value} at step {progress.step}; {self._kept()}")
         self.optimizer.zero_grad()
         loss.backward()
         if recipe.clip_grad is not None:
@@ -226,6 +240,8 @@ class _Run:
         progress, started = self.progress, time.perf_counter()
         validation = evaluate(self.model, self.val_set, self.normalise, self.recipe.validation_batch_size or 250)
         progress.seconds += time.perf_counter() - started
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise Diverged(f"a weight is not finite after step {progress.step}; {self._kept()}")
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -257,6 +273,9 @@ class _Run:
             flush=True,
         )
 
+    def _kept(self) -> str:
+        return f"{self.last} is from before" if self.last.exists() else "nothing was saved yet"
+
     def _save_last(self) -> None:
         state = self.description | {
             "state_dict": self.model.state_dict(),
@@ -284,21 +303,31 @@ class _Run:
 
 def create_model(recipe: Recipe) -> nn.Module:
     """Return the model that ``recipe`` names, newly initialised or pretrained."""
-    if not timm.is_model(recipe.model):
-        raise InputError(f'"{recipe.model}" is not a model{nearest(recipe.model, timm.list_models("sd_*"))}')
+    check_name(recipe.model)
     given: dict[str, Any] = {"num_classes": recipe.num_classes} if recipe.num_classes is not None else {}
     overlay = {
         name: getattr(recipe, name) for name in ("mean", "std", "interpolation", "crop_pct") if getattr(recipe, name)
     }
-    return timm.create_model(
-        recipe.model,
-        pretrained=recipe.pretrained,
-        pretrained_cfg_overlay=overlay,
-        drop_rate=recipe.drop,
-        drop_path_rate=recipe.drop_path,
-        **given,
-        **recipe.model_kwargs,
-    )
+    keywords = {**given, "drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+    if twice := sorted(keywords.keys() & recipe.model_kwargs.keys()):
+        raise InputError(f"model_kwargs holds {', '.join(twice)}, which has a key of its own")
+    try:
+        model = timm.create_model(
+            recipe.model,
+            pretrained=recipe.pretrained,
+            pretrained_cfg_overlay=overlay,
+            **keywords,
+            **recipe.model_kwargs,
+        )
+    except InputError:
+        raise
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"model, model_kwargs: {str(error).splitlines()[0]}") from None
+    for name in ("mean", "std"):
+        values = getattr(recipe, name)
+        if values and len(values) != model.in_chans:
+            raise InputError(f"{name} has {len(values)} numbers, the model {model.in_chans} channels")
+    return model
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def evaluate(
     Raises:
         InputError: if the data has more classes than the model.
     """
-    was_training = isinstance(model, nn.Module) and model.training
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
         model.eval()
     total_loss, top1, top5 = 0.0, 0, 0
@@ -61,8 +61,8 @@ def evaluate(
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(dim=1).sum())
     finally:
-        if isinstance(model, nn.Module):
-            model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     return Evaluation(100 * top1 / len(data), 100 * top5 / len(data), total_loss / len(data), len(data))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from sdzoo.errors import InputError
+from sdzoo.images import INTERPOLATIONS
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,22 @@ class Recipe:
     def faults(self) -> list[str]:
         """Return what is wrong with the values, one line each."""
         found = []
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                found.append(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("epochs", "batch_size", "validation_batch_size", "num_classes", "lr", "crop_pct", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                found.append(f"{name} is {value}; it must be above 0")
+        for name in ("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "decay_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for value in self.std or ():
+            if not 0 < value < math.inf:
+                found.append(f"std holds {value}; each must be above 0")
         for name in ("drop_path", "drop", "hflip", "smoothing", "momentum"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 found.append(f"{name} is {value}; it must lie in [0, 1]")
+        if self.interpolation and self.interpolation not in INTERPOLATIONS:
+            found.append(f'interpolation is "{self.interpolation}"; known: {", ".join(INTERPOLATIONS)}')
         if self.dataset:
             found.append(f'dataset is "{self.dataset}"; implemented here: "" (a folder of class folders)')
         if self.color_jitter:
@@ -85,22 +96,29 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Return every key with its value, as YAML that loads back to an equal recipe."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everyone else does, and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, f"expected a mapping, found {node.id}", node.start_mark)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := {str(key) for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(sorted(twice))}")
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what _Loader would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -133,9 +151,15 @@ def load_recipe(path: str | Path) -> Recipe:
         InputError: with every fault at once: unknown keys (and the nearest known), wrong types, values out of range.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not YAML: {error}") from None
+    try:
+        values = yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML lets the errors of int(), datetime() and its own slips through
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
     if not isinstance(values, dict) or not values:
         got = "empty" if values is None or values == {} else f"a {type(values).__name__}"
         raise InputError(f"{path} is {got}; a recipe is a mapping of keys to values")
@@ -148,7 +172,7 @@ def load_recipe(path: str | Path) -> Recipe:
         else:
             try:
                 taken[key] = _typed(value, types_of_keys[key])
-            except TypeError:
+            except (TypeError, OverflowError):
                 wanted = getattr(types_of_keys[key], "__name__", str(types_of_keys[key])).replace("typing.", "")
                 faults.append(f"{key}: {value!r} is not {wanted}")
     required = [f.name for f in dataclasses.fields(Recipe) if _required(f)]

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdzoo.errors import InputError
+from sdzoo.train.data import ImageSet, normaliser
+from sdzoo.train.evaluate import evaluate, evaluate_predictor
+
+NORMALISE = normaliser((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"))
+
+
+def image_set(count: int, classes: int, seed: int = 0) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    return ImageSet(images, labels, tuple(f"class{index}" for index in range(classes)))
+
+
+def classifier(classes: int) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, classes))
+
+
+def expected(model: nn.Module, data: ImageSet) -> dict[str, float]:
+    """Return top-1, top-5 and loss, image by image in float64."""
+    model = model.double().eval()
+    top1 = top5 = 0
+    loss = 0.0
+    for image, label in zip(data.images.numpy(), data.labels.tolist(), strict=True):
+        x = (image / 255 - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.2, 0.25, 0.3])[:, None, None]
+        logits: list[float] = model(torch.from_numpy(x[None]))[0].tolist()
+        rank = sorted(logits, reverse=True).index(logits[label])
+        top1 += rank < 1
+        top5 += rank < 5
+        loss += math.log(sum(math.exp(value) for value in logits)) - logits[label]
+    count = len(data.labels)
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 23, 250], ids=lambda size: f"batches of {size}")
+@pytest.mark.parametrize("classes", [10, 5, 3])
+def test_figures_whatever_the_batch_size(batch_size: int, classes: int) -> None:
+    """23 images: batches of 10 leave a last one of 3, which must weigh 3 images and not a batch."""
+    data = image_set(23, classes)
+    result = evaluate(classifier(classes), data, NORMALISE, batch_size)
+    truth = expected(classifier(classes), data)
+    assert result.images == 23
+    assert result.top1_percent == pytest.approx(truth["top1"], abs=1e-9)
+    assert result.top5_percent == pytest.approx(truth["top5"], abs=1e-9)
+    assert result.loss == pytest.approx(truth["loss"], rel=1e-5)
+    assert 0 < truth["top1"] < 100, "the figures must be able to differ"
+
+
+def test_model_with_more_classes_than_the_data() -> None:
+    data = image_set(23, 4)
+    result = evaluate(classifier(9), data, NORMALISE, 10)
+    assert result.top5_percent == pytest.approx(expected(classifier(9), data)["top5"], abs=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_restored_and_nothing_is_changed(training: bool) -> None:
+    model = classifier(10).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    evaluate(model, image_set(23, 10), NORMALISE, 10)
+    assert all(module.training is training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_modules_frozen_in_evaluation_stay_so() -> None:
+    model = classifier(10).train()
+    model[2].eval()
+    evaluate(model, image_set(23, 10), NORMALISE, 10)
+    assert [module.training for module in model] == [True, True, False, True, True]
+
+
+def test_model_with_too_few_classes_is_refused_and_its_mode_restored() -> None:
+    model = classifier(5).train()
+    with pytest.raises(InputError, match="10 classes, the model 5"):
+        evaluate(model, image_set(23, 10), NORMALISE)
+    assert model.training
+
+
+def test_mode_is_restored_when_the_model_fails() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            raise ZeroDivisionError
+
+    model = Failing().train()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, image_set(3, 3), NORMALISE)
+    assert model.training
+
+
+def test_half_precision_logits_are_summed_in_float32() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), 4), 30.0, dtype=torch.float16)
+
+    assert evaluate(Half(), image_set(3000, 4), NORMALISE, 3000).loss == pytest.approx(math.log(4), rel=1e-5)
+
+
+CONFIG: dict[str, Any] = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+}
+
+
+def brightest_channel(images: np.ndarray) -> np.ndarray:
+    """Return logits of blue, green, red: each the mean of its channel."""
+    assert images.dtype == np.float32
+    assert np.abs(images).max() <= 2, "(x - 0.5) / 0.25 of x in [0, 1]"
+    return images.mean(axis=(2, 3))[:, ::-1].copy()
+
+
+@pytest.mark.parametrize("labels", [None, ["blue", "green", "red"]])
+def test_predictor_is_evaluated_on_a_folder(image_folder: Path, labels: list[str] | None) -> None:
+    result = evaluate_predictor(brightest_channel, labels, CONFIG, image_folder, "test")
+    assert (result.images, result.top1_percent, result.top5_percent) == (9, 100.0, 100.0)
+
+
+def test_predictor_that_knows_nothing_is_at_chance(image_folder: Path) -> None:
+    result = evaluate_predictor(
+        lambda x: np.tile(np.array([0, 1, 0], np.float32), (len(x), 1)), None, CONFIG, image_folder, "test"
+    )
+    assert result.top1_percent == pytest.approx(100 / 3, abs=1e-9)
+    assert result.loss == pytest.approx(math.log(2 + math.e) - 1 / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [["red", "green", "blue"], ["blue", "green"], ["a", "b", "c"]])
+def test_predictor_of_other_classes_is_refused(image_folder: Path, labels: list[str]) -> None:
+    """The same names in another order would count the wrong ones."""
+    with pytest.raises(InputError, match="are not the model's") as caught:
+        evaluate_predictor(brightest_channel, labels, CONFIG, image_folder, "test")
+    assert "\n" not in str(caught.value)
