@@ -1,12 +1,13 @@
 """Residual blocks with a gate, the rule by which they load weights, and the parameter-free shortcut."""
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdzoo.fold import fuse_conv_bn
+from sdzoo.fold import check_evaluation, fuse_conv_bn
 from sdzoo.gate import Gate, with_zero_gradients
 
 
@@ -44,12 +45,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output ``(B, C', H', W')`` for ``x`` ``(B, C, H, W)``."""
-        if self.gate is not None and self.gate.training and self.gate.mode == "batch":
+        if self.gate is None:
+            return self.act(self.shortcut(x) + self.branch(x))
+        if self.gate.training and self.gate.mode == "batch":
             return self._gated(x)
-        branch = self.branch(x)
-        if self.gate is not None:
-            branch = self.gate(branch)
-        return self.act(self.shortcut(x) + branch)
+        return self.act(self.shortcut(x) + self.gate(self.branch(x)))
 
     @torch.jit.unused
     def _gated(self, x: Tensor) -> Tensor:
@@ -57,20 +57,21 @@ class ResidualBlock(nn.Module):
         if self.gate.draw():
             return self.act(self.shortcut(x) + self.branch(x))
         x = with_zero_gradients(x, self)
-        if isinstance(self.shortcut, nn.Identity) and isinstance(self.act, nn.ReLU):
-            return x  # the ReLU of a ReLU; an in-place one would overwrite what the block before needs for its backward
-        return self.act(self.shortcut(x))
+        if not isinstance(self.shortcut, nn.Identity):
+            return self.act(self.shortcut(x))
+        # An in-place activation would overwrite the output of the block before. The ReLU of a ReLU is nothing to do.
+        return x if isinstance(self.act, nn.ReLU) else self.act(x.clone())
 
     @torch.no_grad()
     def scale_branch_(self, c: float) -> None:
         """Multiply the branch's output by ``c``, in place, exactly."""
         for name, power in self.branch_scale.items():
-            self.get_parameter(name).mul_(c**power)
+            attrgetter(name)(self).mul_(c**power)
 
     def set_survival_prob(self, p: float) -> None:
         """Set the survival probability and rescale the branch, so that the evaluation function stays as it is."""
         assert self.gate is not None
-        p_old = self.gate.p
+        p_old = self.gate.read()
         self.gate.set(p)
         if self.gate.p != p_old:
             self.scale_branch_(p_old / self.gate.p)
@@ -87,8 +88,9 @@ class ResidualBlock(nn.Module):
         error_msgs = args[-1]
         block, key = prefix[:-1] or "the block", prefix + "gate.survival_prob"
         held = [name for name in state_dict if name.startswith(prefix)]
+        own = self.state_dict()
         lacking = [name for name in self.branch_scale if prefix + name not in state_dict]
-        if held and self.gate is None and key in state_dict:
+        if self.gate is None and any(name[len(prefix) :] not in own for name in held):
             error_msgs.append(f"{block} is folded; these weights are not: load them into the model, then fold it")
         elif held and self.gate is not None and lacking:
             error_msgs.append(
@@ -97,19 +99,18 @@ class ResidualBlock(nn.Module):
             )
             state_dict.pop(key, None)
         elif held and self.gate is not None:
-            stored = state_dict.get(key, torch.ones(()))
-            if key not in state_dict or self.gate.explicit:
-                p_old = float(stored)
+            p, stored = self.gate.read(), state_dict.get(key, torch.ones(()))
+            valid = stored.numel() == 1 and 0 < float(stored) <= 1  # else the gate reports it
+            if valid and (key not in state_dict or self.gate.explicit):
                 # Equal after rounding to the stored dtype is equal: a half-precision file holds p with three digits.
-                same = float(torch.tensor(self.gate.p, dtype=stored.dtype)) == p_old
-                ratio = 1.0 if same else p_old / self.gate.p
+                same = float(torch.tensor(p, dtype=stored.dtype)) == float(stored)
+                ratio = 1.0 if same else float(stored) / p
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 for name, power in self.branch_scale.items():
                     weight = state_dict[prefix + name]
-                    dtype = weight.dtype if assign else torch.promote_types(weight.dtype, torch.float32)
+                    dtype = weight.dtype if assign else torch.promote_types(weight.dtype, own[name].dtype)
                     state_dict[prefix + name] = (weight.double() * ratio**power).to(dtype) if ratio != 1 else weight
-                if 0 < p_old <= 1:  # else the gate reports it
-                    state_dict[key] = torch.tensor(self.gate.p)
+                state_dict[key] = torch.tensor(p, device=state_dict[prefix + next(iter(self.branch_scale))].device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
@@ -156,9 +157,10 @@ class BasicBlock(ResidualBlock):
     def fuse(self) -> "BasicBlock":
         """Fold p and both BatchNorms into the convolutions, in place; return the block (timm's hook)."""
         if self.gate is not None:
-            conv1 = fuse_conv_bn(self.conv1, self.bn1)  # raises before anything has changed
-            self.scale_branch_(self.gate.p)
-            self.conv2, self.bn2 = fuse_conv_bn(self.conv2, self.bn2), nn.Identity()
-            self.conv1, self.bn1 = conv1, nn.Identity()
+            check_evaluation(self)
+            conv1 = fuse_conv_bn(self.conv1, self.bn1)
+            self.scale_branch_(self.gate.read())
+            self.conv2, self.bn2 = fuse_conv_bn(self.conv2, self.bn2), nn.Identity().eval()
+            self.conv1, self.bn1 = conv1, nn.Identity().eval()
             self.gate = None
         return self

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sdzoo.errors import InputError
 from sdzoo.gate import Gate
@@ -30,10 +31,12 @@ def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
     Raises:
         InputError: if the pair is not Conv2d and BatchNorm2d with running statistics, or is in training mode.
     """
-    if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d):
+    # By type and not isinstance: a subclass may standardise its weight or end in an activation.
+    if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         raise InputError(f"cannot fold {type(conv).__name__} with {type(bn).__name__}; only Conv2d with BatchNorm2d")
-    if bn.training:
-        raise InputError("cannot fold a BatchNorm in training mode: call model.eval() first")
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(bn, _BatchNorm)
+    check_evaluation(bn)
     if bn.running_mean is None or bn.running_var is None:
         raise InputError("cannot fold a BatchNorm without running statistics")
     mu, var = bn.running_mean.double(), bn.running_var.double()
@@ -48,6 +51,17 @@ def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
     return folded
 
 
+def check_evaluation(model: nn.Module) -> None:
+    """Check that ``model`` and everything in it is in evaluation mode.
+
+    Raises:
+        InputError: naming the first part in training mode.
+    """
+    training = [name or "the whole" for name, module in model.named_modules() if module.training]
+    if training:
+        raise InputError(f"{type(model).__name__} is in training mode ({training[0]}): call model.eval() first")
+
+
 def fold(model: Model) -> Model:
     """Return a new model that computes the evaluation function of ``model`` without BatchNorm and without gates.
 
@@ -56,24 +70,22 @@ def fold(model: Model) -> Model:
     Raises:
         InputError: if ``model`` or a part of it is in training mode, or a BatchNorm has no convolution to fold into.
     """
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise InputError(f"cannot fold in training mode ({training[0]}): call model.eval() first")
+    check_evaluation(model)
     folded = copy.deepcopy(model)
     for module in list(folded.modules()):
         if callable(fuse := getattr(module, "fuse", None)):
             fuse()
     _fuse_stem(folded)
-    left = [name for name, module in folded.named_modules() if isinstance(module, (nn.BatchNorm2d, Gate))]
+    left = [name for name, module in folded.named_modules() if isinstance(module, (_BatchNorm, Gate))]
     if left:
         raise InputError(f"cannot fold {type(model).__name__}: no convolution to fold {', '.join(left)} into")
-    return folded
+    return folded.eval()
 
 
 def _fuse_stem(model: nn.Module) -> None:
     # A model's children stand in call order (timm's features_only relies on it), so a neighbour is what feeds the norm.
     children = list(model.named_children())
     for (conv_name, conv), (bn_name, bn) in itertools.pairwise(children):
-        if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+        if isinstance(conv, nn.Conv2d) and isinstance(bn, _BatchNorm):
             setattr(model, conv_name, fuse_conv_bn(conv, bn))
             setattr(model, bn_name, nn.Identity())

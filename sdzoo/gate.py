@@ -4,6 +4,7 @@ Training draws ``b ~ Bernoulli(p)`` and a block with ``b = 0`` is skipped, forwa
 branch by p (Huang et al., 2016, equations 2 and 5).
 """
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ class Gate(nn.Module):
     """The survival probability p of one residual block, and the draws from it.
 
     p is kept twice, the same float32 number: as a Python float for the draw (no host synchronisation) and as the
-    persistent buffer ``survival_prob`` for evaluation and the state dict. Only :meth:`set` and loading write them.
+    persistent buffer ``survival_prob`` for evaluation and the state dict. :meth:`set` and loading write both; what
+    copies into the buffer alone (timm's EMA does) is noticed by :meth:`read`.
 
     Args:
         survival_prob: p, in (0, 1].
@@ -57,6 +59,17 @@ class Gate(nn.Module):
         self.p = _float32(survival_prob)
         self.survival_prob = torch.full((), self.p, dtype=torch.float32, device=self.survival_prob.device)
 
+    def read(self) -> float:
+        """Return p from the buffer, and draw with it from now on."""
+        if not self.survival_prob.is_meta:
+            self.p = float(self.survival_prob)
+        return self.p
+
+    def train(self, mode: bool = True) -> "Gate":
+        """Switch between drawing and weighting by p."""
+        self.read()
+        return super().train(mode)
+
     def draw(self) -> bool:
         """Return whether the branch is computed in this mini-batch: the planned bit if there is one, else a draw.
 
@@ -75,6 +88,8 @@ class Gate(nn.Module):
         shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
         if self.planned is not None:
             return branch.new_full(shape, float(self.planned))
+        if self.p >= 1:
+            return branch.new_ones(shape)
         return (torch.rand(shape, device=branch.device) < self.p).to(branch.dtype)
 
     def forward(self, branch: Tensor) -> Tensor:
@@ -84,9 +99,9 @@ class Gate(nn.Module):
         return branch * self.survival_prob
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
+        p = self.read()
         super()._apply(fn, recurse)
-        # half(), bfloat16() and to_empty() would lose digits of p, or all of it; the float still has them.
-        self.set(self.p)
+        self.set(p)  # half(), bfloat16() and to_empty() lose digits of p, or all of it
         return self
 
     def _load_from_state_dict(  # type: ignore[override]
@@ -95,12 +110,13 @@ class Gate(nn.Module):
         key, error_msgs = prefix + "survival_prob", args[-1]
         if key in state_dict:
             stored = state_dict[key]
-            p = float(stored) if stored.numel() == 1 else float("nan")
+            p = _float32(float(stored)) if stored.numel() == 1 else math.nan
             if not 0 < p <= 1:
                 error_msgs.append(f"{key} is {stored.tolist()}; a survival probability must lie in (0, 1]")
-                p = self.p
-            state_dict[key] = torch.tensor(p, dtype=torch.float32)
+                p = self.read()
             self.set(p)
+            device = stored.device if self.survival_prob.is_meta else self.survival_prob.device
+            state_dict[key] = torch.tensor(p, dtype=torch.float32, device=device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -108,6 +124,9 @@ class Gate(nn.Module):
 
 
 def _float32(number: float) -> float:
+    """Return the nearest float32 number; infinity beyond its range."""
+    if abs(number) > 2.0**128:
+        return math.copysign(math.inf, number)
     return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
@@ -165,6 +184,8 @@ def live_blocks(model: nn.Module) -> list[bool]:
 @contextmanager
 def fixed_gates(model: nn.Module, bits: Sequence[bool | int]) -> Iterator[None]:
     """Make every training forward inside the ``with`` use ``bits``, one per block, input to output, instead of drawing.
+
+    Under gradient checkpointing the backward belongs inside too: it computes the blocks again.
 
     Raises:
         InputError: if there is not one 0 or 1 per block, or a gate is in evaluation, where it would have no effect.

@@ -6,12 +6,13 @@ input to the output. Pure functions on floats; nothing here knows about tensors.
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Callable, Sequence
 
 from sdzoo.errors import InputError, nearest
 
 DEFAULT_FINAL_SURVIVAL_PROB = 0.5
+SMALLEST_FLOAT32 = 2.0**-126  # what is below is 0, or nearly, where probabilities are stored
 
 
 def linear_decay(num_blocks: int, final_survival_prob: float = DEFAULT_FINAL_SURVIVAL_PROB) -> list[float]:
@@ -55,8 +56,8 @@ def check_survival_probs(probs: Sequence[float], num_blocks: int, source: str = 
     if len(probs) != num_blocks:
         raise InputError(f"survival_probs has {len(probs)} entries; the model has {num_blocks} blocks ({source})")
     for index, prob in enumerate(probs):
-        number = isinstance(prob, (int, float)) and not isinstance(prob, bool)
-        if not number or not math.isfinite(prob) or not 0 < prob <= 1:
+        number = isinstance(prob, numbers.Real) and not isinstance(prob, bool)
+        if not number or not SMALLEST_FLOAT32 <= prob <= 1:
             raise InputError(
                 f"survival_probs[{index}] is {prob!r}; each must lie in (0, 1] ({num_blocks} blocks, {source})"
             )

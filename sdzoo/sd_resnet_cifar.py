@@ -20,12 +20,15 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from sdzoo import weights
 from sdzoo.blocks import BasicBlock
 from sdzoo.gate import Gate
 from sdzoo.schedule import resolve_survival_probs
+
+register_notrace_module(BasicBlock)  # tracing into it would freeze one draw of its gate
 
 STAGES = ("layer1", "layer2", "layer3")
 WIDTHS = (16, 32, 64)

@@ -18,7 +18,7 @@ def survival_probs(model: nn.Module) -> list[float]:
     Raises:
         InputError: if ``model`` has none: a folded model has them in its weights.
     """
-    return [float(str(np.float32(gate.p))) for gate in gates(model)]
+    return [float(str(np.float32(gate.read()))) for gate in gates(model)]
 
 
 def set_survival(model: nn.Module, probs: Sequence[float]) -> None:

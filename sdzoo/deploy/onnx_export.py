@@ -17,7 +17,7 @@ from sdzoo.assets import pictures
 from sdzoo.errors import InputError, ParityError
 from sdzoo.extras import require
 from sdzoo.files import atomic_path
-from sdzoo.fold import fold
+from sdzoo.fold import check_evaluation, fold
 from sdzoo.images import input_config, normalise, open_image, resizer
 from sdzoo.parity import Parity, compare
 from sdzoo.survival import survival_probs
@@ -116,8 +116,7 @@ def verification_batches(
 
 
 def _check_exportable(model: nn.Module) -> None:
-    if model.training:
-        raise InputError("cannot export a model in training mode: call model.eval() first")
+    check_evaluation(model)
     if kinds := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise InputError(f"cannot export {', '.join(map(str, kinds))} weights: call model.float() first")
     if not hasattr(model, "pretrained_cfg") or not hasattr(model, "num_classes"):

@@ -18,6 +18,7 @@ from torch import nn
 from sdzoo.deploy.onnx_export import labels_of
 from sdzoo.errors import InputError, nearest
 from sdzoo.extras import require
+from sdzoo.fold import check_evaluation
 from sdzoo.images import check_image, input_config, normalise, open_image, resizer
 
 Picture: TypeAlias = str | Path | Image.Image
@@ -110,8 +111,7 @@ def model_predictor(model: nn.Module, convert: bool = False) -> Predictor:
     Raises:
         InputError: if the model is in training mode.
     """
-    if model.training:
-        raise InputError("the model is in training mode: call model.eval() first")
+    check_evaluation(model)
     like = next(model.parameters())
 
     @torch.inference_mode()

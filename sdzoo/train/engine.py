@@ -226,11 +226,11 @@ class _Run:
         bits = [draw < p for draw, p in zip(draws, self.probs, strict=True)]
         with fixed_gates(self.model, bits) if self.skips else nullcontext():
             loss = self.task(images, labels)["loss"]
-        value = loss.item()
-        if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {progress.step}; {self._kept()}")
-        self.optimizer.zero_grad()
-        loss.backward()
+            value = loss.item()
+            if not math.isfinite(value):
+                raise Diverged(f"the loss is {value} at step {progress.step}; {self._kept()}")
+            self.optimizer.zero_grad()
+            loss.backward()
         if recipe.clip_grad is not None:
             dispatch_clip_grad(self.model.parameters(), recipe.clip_grad)
         self.optimizer.step()
