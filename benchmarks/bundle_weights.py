@@ -16,12 +16,11 @@ import yaml
 from interleaved import hardware
 
 from sdzoo import weights
-from sdzoo.deploy.onnx_export import weights_sha256
 from sdzoo.deploy.runtime import model_predictor
-from sdzoo.files import file_sha256
+from sdzoo.digest import file_sha256, state_sha256
 from sdzoo.survival import survival_probs
-from sdzoo.train.checkpoint import load_model, read_checkpoint
-from sdzoo.train.evaluate import evaluate_predictor
+from sdzoo.training.checkpoint import load_model, read_checkpoint
+from sdzoo.training.evaluate import evaluate_predictor
 
 CARD = """---
 {facts}---
@@ -84,7 +83,7 @@ def main() -> None:
     probs = survival_probs(model)
     facts = {
         "sha256": file_sha256(target),
-        "state_sha256": weights_sha256(model.state_dict()),
+        "state_sha256": state_sha256(model.state_dict()),
         "data": arguments.data,
         "epochs": recipe["epochs"],
         "best_epoch": progress["best_epoch"],

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sdzoo.deploy.benchmark import benchmark
     from sdzoo.deploy.onnx_export import export_onnx
     from sdzoo.deploy.runtime import load_predictor
-    from sdzoo.train.engine import train
-    from sdzoo.train.evaluate import evaluate
+    from sdzoo.training.engine import train
+    from sdzoo.training.evaluate import evaluate
 
 __all__ = [
     "benchmark",
@@ -42,10 +42,10 @@ __all__ = [
 # Imported when first asked for, so that ``import sdzoo`` costs little more than ``import timm``.
 _LAZY = {
     "benchmark": "sdzoo.deploy.benchmark",
-    "evaluate": "sdzoo.train.evaluate",
+    "evaluate": "sdzoo.training.evaluate",
     "export_onnx": "sdzoo.deploy.onnx_export",
     "load_predictor": "sdzoo.deploy.runtime",
-    "train": "sdzoo.train.engine",
+    "train": "sdzoo.training.engine",
 }
 
 

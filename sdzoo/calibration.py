@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sdzoo.errors import InputError
 from sdzoo.gate import fixed_gates, gates
 
 
@@ -19,7 +20,13 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every BatchNorm, in place, by the average over ``batches``, all gates open.
 
     The weights and the training mode of every module stay as they are.
+
+    Raises:
+        InputError: without batches, or if the model has no gates.
     """
+    batches = list(batches)
+    if not batches:
+        raise InputError("no batches to take the statistics from")
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     modes = {module: module.training for module in model.modules()}

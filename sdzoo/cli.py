@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 3 training diverged
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's own) and return its exit code."""
     arguments = _parser().parse_args(argv)
     # What is heavy is imported by the command that needs it, so that --help answers at once.
-    from sdzoo.train.engine import Diverged, Interrupted
+    from sdzoo.training.engine import Diverged, Interrupted
 
     try:
         arguments.run(arguments)
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(130, str(error))
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
+    except BrokenPipeError:  # the reader has seen enough; nor shall the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ParityError, OSError) as error:
         return _fail(1, str(error))
     return 0
@@ -89,8 +92,8 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from sdzoo.train.engine import train
-    from sdzoo.train.recipe import find_recipe, load_recipe
+    from sdzoo.training.engine import train
+    from sdzoo.training.recipe import find_recipe, load_recipe
 
     path = find_recipe(arguments.recipe)
     recipe = load_recipe(path)
@@ -101,7 +104,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from sdzoo.train.evaluate import evaluate_predictor
+    from sdzoo.training.evaluate import evaluate_predictor
 
     predictor = _predictor(arguments)
     print(f"evaluating {arguments.model} ({predictor.provider}) on {arguments.data_dir}/{arguments.split}")

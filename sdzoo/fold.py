@@ -57,9 +57,10 @@ def check_evaluation(model: nn.Module) -> None:
     Raises:
         InputError: naming the first part in training mode.
     """
-    training = [name or "the whole" for name, module in model.named_modules() if module.training]
+    training = [name for name, module in model.named_modules() if module.training]
     if training:
-        raise InputError(f"{type(model).__name__} is in training mode ({training[0]}): call model.eval() first")
+        part = f" ({training[0]})" if training[0] else ""
+        raise InputError(f"{type(model).__name__} is in training mode{part}: call model.eval() first")
 
 
 def fold(model: Model) -> Model:

@@ -99,6 +99,6 @@ def compare(
         sizes.append(len(batch))
         if not worst[1] or diff.max().item() / allowed > worst[0] / worst[1]:
             worst = (diff.max().item(), allowed, size)
-    if tol is None:
+    if tol is None or not sizes:
         raise ParityError("nothing was compared: no batches")
     return Parity(tol, tuple(sizes), *worst, equal, below)

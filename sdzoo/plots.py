@@ -89,7 +89,8 @@ def draw_report(
         axes.tick_params(labelsize=9, colors=INK, length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color("#d1d5db")
-    note = f"median and quartiles of {timings[0].runs} interleaved calls, {timings[0].threads} threads, ms"
+    threads = "1 thread" if timings[0].threads == 1 else f"{timings[0].threads} threads"
+    note = f"median and quartiles of {timings[0].runs} interleaved calls, {threads}"
     figure.text(0.04, 0.03, note, fontsize=8.5, color=MUTED)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

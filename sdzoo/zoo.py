@@ -14,7 +14,7 @@ from sdzoo.errors import InputError
 from sdzoo.images import input_config
 from sdzoo.registry import PATTERN, check_name, tags
 from sdzoo.survival import survival_probs
-from sdzoo.train.checkpoint import load_model
+from sdzoo.training.checkpoint import load_model
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,12 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
     Raises:
         InputError: if there is no such model or file, the file is damaged or does not fit, or there are no weights.
     """
-    if Path(name_or_file).suffix in (".safetensors", ".pth", ".pt", ".tar") or Path(name_or_file).is_file():
+    if Path(name_or_file).suffix in (".safetensors", ".pth", ".pt", ".tar", ".onnx") or Path(name_or_file).is_file():
         return load_model(name_or_file, arch)
+    if arch:
+        raise InputError(
+            f"--arch {arch} is for a checkpoint that does not say which model it is, not for {name_or_file}"
+        )
     if Path(name_or_file).name != name_or_file:
         raise InputError(f"{name_or_file} is neither a file nor a model")
     check_name(name_or_file)

@@ -8,7 +8,7 @@ import pytest
 from sdzoo import weights
 from sdzoo.deploy.onnx_export import export_onnx
 from sdzoo.deploy.runtime import load_predictor, model_predictor
-from sdzoo.train.evaluate import evaluate_predictor
+from sdzoo.training.evaluate import evaluate_predictor
 from sdzoo.zoo import open_model
 
 DATA = os.environ.get("SDZOO_CIFAR10_JPEG")

@@ -22,6 +22,7 @@ import safetensors
 import timm
 import torch
 import yaml
+from onnx_files import save_sealed
 from PIL import Image
 
 import sdzoo
@@ -384,7 +385,7 @@ def test_an_onnx_file_whose_metadata_are_of_another_model(capsys: Capture, expor
     for entry in proto.metadata_props:
         if entry.key == "input_size":
             entry.value = "[3, 64, 64]"
-    onnx.save(proto, tmp_path / "x.onnx")
+    save_sealed(proto, tmp_path / "x.onnx")
     message = refused(capsys, "predict", CAT, "--model", tmp_path / "x.onnx")
     assert "[3, 64, 64]" in message
     assert "32, 32]" in message
@@ -423,7 +424,7 @@ def test_a_pickle_prints_nothing_but_the_error(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(pickle.dumps({"state_dict": Code(tmp_path / "ran")}))
     said = process("predict", CAT, "--model", tmp_path / "x.pth", "--arch", "sd_resnet20")
     assert said.code == 2
-    assert re.fullmatch(r"sdzoo: .*x\.pth holds more than tensors and plain values.*\n", said.err)
+    assert re.fullmatch(r"sdzoo: .*x\.pth is damaged or holds more than tensors and plain values.*\n", said.err)
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "last.pth"])

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
-from sdzoo.files import atomic_path, file_sha256
+from sdzoo.files import atomic_path
 
 
 def test_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:

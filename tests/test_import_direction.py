@@ -1,4 +1,4 @@
-"""Imports point down only (design.md, section 3), and importing sdzoo brings nothing heavy along."""
+"""Imports point down only (CONTRIBUTING.md), and importing sdzoo brings nothing heavy along."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROOT = Path(sdzoo.__file__).parent
 # From the bottom up. A module may import from its own line too, but not in a circle; a package means all in it.
 LAYERS: list[set[str]] = [
     {"errors", "files", "schedule", "extras"},
-    {"gate", "fold", "blocks", "parity", "calibration"},
-    {"survival", "weights", "images", "assets", "sd_resnet_cifar", "registry"},
-    {"train", "deploy"},
+    {"digest", "gate", "fold", "blocks", "parity", "calibration"},
+    {"survival", "weights", "images", "assets", "sd_resnet_cifar", "registry", "description"},
+    {"training", "deploy"},
     {"zoo", "plots", "demo"},
     {"cli", "__main__"},
 ]
@@ -77,9 +77,9 @@ def test_imports_point_down(module: str) -> None:
         assert layer(imported) <= layer(module), f"{module} imports {imported} from above"
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if name.startswith(("train", "deploy"))])
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith(("training", "deploy"))])
 def test_training_and_deployment_do_not_know_each_other(module: str) -> None:
-    other = "deploy" if module.startswith("train") else "train"
+    other = "deploy" if module.startswith("training") else "training"
     assert not [name for name in imports(FILES[module]) if name.partition(".")[0] == other]
 
 
@@ -113,10 +113,10 @@ def test_the_checks_above_see_an_import(tmp_path: Path) -> None:
     file = tmp_path / "module.py"
     file.write_text(
         "import json\nfrom typing import TYPE_CHECKING\nfrom sdzoo import weights\nfrom sdzoo.gate import Gate\n"
-        "if TYPE_CHECKING:\n    import ray\n\ndef f():\n    import onnx\n    from sdzoo.train import engine\n"
+        "if TYPE_CHECKING:\n    import ray\n\ndef f():\n    import onnx\n    from sdzoo.training import engine\n"
     )
     assert imports(file, only_at_import=True) == {"json", "typing", "weights", "gate"}
-    assert imports(file) == {"json", "typing", "weights", "gate", "onnx", "train.engine"}
+    assert imports(file) == {"json", "typing", "weights", "gate", "onnx", "training.engine"}
 
 
 def names_after(code: str) -> list[str]:
@@ -129,7 +129,7 @@ def test_importing_sdzoo_brings_nothing_heavy_along() -> None:
 
 
 def test_importing_sdzoo_leaves_training_and_deployment_for_later() -> None:
-    later = ("sdzoo.train", "sdzoo.deploy", "sdzoo.cli", "sdzoo.zoo", "sdzoo.plots")
+    later = ("sdzoo.training", "sdzoo.deploy", "sdzoo.cli", "sdzoo.zoo", "sdzoo.plots")
     assert names_after(f"import sys, sdzoo; print(*(name for name in sys.modules if name.startswith({later})))") == []
 
 

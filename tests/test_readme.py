@@ -10,8 +10,9 @@ import pytest
 
 from sdzoo import weights
 from sdzoo.cli import _parser
-from sdzoo.train.recipe import find_recipe
-from sdzoo.zoo import models, summarise
+from sdzoo.registry import models
+from sdzoo.training.recipe import find_recipe
+from sdzoo.zoo import summarise
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import nn
 
-from sdzoo import weights, zoo
+from sdzoo import registry, weights, zoo
 from sdzoo.errors import InputError
-from sdzoo.train.checkpoint import describe, save_weights
+from sdzoo.training.checkpoint import describe, save_weights
 
 NAME = "sd_resnet20.cifar10_jpeg"
 BLOCKS_PER_STAGE = {
@@ -43,7 +43,7 @@ def macs_by_hand(n: int) -> int:
 
 
 def test_models_are_listed_smallest_first() -> None:
-    assert zoo.models() == list(BLOCKS_PER_STAGE)
+    assert registry.models() == list(BLOCKS_PER_STAGE)
 
 
 @pytest.mark.parametrize("name", list(BLOCKS_PER_STAGE))
@@ -78,7 +78,7 @@ def test_summary_names_the_weights_that_ship(name: str) -> None:
     ],
 )
 def test_unknown_names_are_refused_with_what_there_is(name: str, says: str) -> None:
-    for ask in (zoo.check_name, zoo.summarise, zoo.open_model):
+    for ask in (registry.check_name, zoo.summarise, zoo.open_model):
         with pytest.raises(InputError) as caught:
             ask(name)
         assert says in str(caught.value)

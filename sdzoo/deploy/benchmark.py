@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sdzoo.deploy.onnx_export import export_onnx
-from sdzoo.deploy.runtime import Predictor, load_predictor, model_predictor
+from sdzoo.deploy.runtime import Predictor, check_threads, load_predictor, model_predictor
 from sdzoo.errors import InputError
 from sdzoo.fold import fold
 
@@ -61,7 +61,8 @@ def benchmark(
     """
     if runs < 2:
         raise InputError(f"runs is {runs}; quartiles need at least 2")
-    threads = threads or torch.get_num_threads()
+    threads = torch.get_num_threads() if threads is None else threads
+    check_threads(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from sdzoo import __version__, weights
 from sdzoo.assets import pictures
+from sdzoo.digest import BLANK, sealed, state_sha256
 from sdzoo.errors import InputError, ParityError
 from sdzoo.extras import require
 from sdzoo.files import atomic_path
@@ -29,8 +28,9 @@ def export_onnx(model: nn.Module, path: str | Path) -> Parity:
     """Write ``model`` as one verified ONNX file and return how close it came.
 
     The file computes ``images`` float32 ``(batch, C, H, W)``, normalised, to ``logits`` ``(batch, num_classes)``
-    (``features`` for a model without classifier). Its metadata say how to feed it and what it was compared with. It is
-    compared with ``model`` itself, not with the folded model, in ONNX Runtime on batches of 1, 2 and 17.
+    (``features`` for a model without classifier). Its metadata say how to feed it, what it was compared with, and
+    the sha256 of the file with zeros in that place. It is compared with ``model`` itself, not with the folded model, in
+    ONNX Runtime on batches of 1, 2 and 17.
 
     Args:
         model: A stochastic-depth model in evaluation mode, float32; left alone.
@@ -59,7 +59,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> Parity:
             raise ParityError(f"asked for opset {OPSET}, got {opset}")
         graph = proto.SerializeToString()
         parity, origin = _verify(source, graph, config)
-        digest = weights_sha256(model.state_dict())
+        digest = state_sha256(model.state_dict())
         metadata = {
             "format": "sdzoo-1",
             "model": model.pretrained_cfg.get("architecture"),  # type: ignore[union-attr]
@@ -69,11 +69,12 @@ def export_onnx(model: nn.Module, path: str | Path) -> Parity:
             "survival_probs": probs,
             "weights_sha256": digest,
             "versions": _versions(),
+            "file_sha256": BLANK,
             "parity": parity.as_dict() | {"inputs": origin, "runtime": "onnxruntime, CPUExecutionProvider"},
         }
         onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
         onnx.checker.check_model(proto, full_check=True)
-        temporary.write_bytes(proto.SerializeToString())
+        temporary.write_bytes(sealed(proto.SerializeToString()))
         written = onnx.load(temporary)
         del written.metadata_props[:]
         if written.SerializeToString() != graph:
@@ -85,16 +86,6 @@ def labels_of(model: nn.Module) -> list[str] | None:
     """Return the class names of ``model`` from its timm configuration, None where it has none for its classes."""
     names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr]
     return list(names) if names and len(names) == model.num_classes else None
-
-
-def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over name, dtype, shape and bytes of every tensor, sorted by name."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def verification_batches(
@@ -116,6 +107,8 @@ def verification_batches(
 
 
 def _check_exportable(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise InputError("cannot export a compiled model: export the one that was compiled")
     check_evaluation(model)
     if kinds := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise InputError(f"cannot export {', '.join(map(str, kinds))} weights: call model.float() first")

@@ -156,7 +156,7 @@ def onnx_graph(folded: nn.Module, input_size: tuple[int, int, int], output: str)
             write = MODULES.get(type(target)) if node.op == "call_module" else FUNCTIONS.get(target)
             if write is None:
                 kind = type(target).__name__ if node.op == "call_module" else getattr(target, "__name__", target)
-                raise InputError(f"{node.name}: {kind} cannot be exported")
+                raise InputError(f"{kind} cannot be exported (at {node.name})")
             name = node.target if node.op == "call_module" else node.name
             before = (name, target) if node.op == "call_module" else (name,)
             names[node] = write(writer, *before, *map(named, node.args), **node.kwargs)

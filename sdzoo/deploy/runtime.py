@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import nn
 
 from sdzoo.deploy.onnx_export import labels_of
+from sdzoo.description import check_description
+from sdzoo.digest import seal_holds
 from sdzoo.errors import InputError, nearest
 from sdzoo.extras import require
 from sdzoo.fold import check_evaluation
@@ -27,7 +30,18 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-METADATA = ("model", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "labels", "survival_probs")
+METADATA = (
+    "model",
+    "input_size",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "labels",
+    "survival_probs",
+    "file_sha256",
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,10 @@ class Predictor:
         provider: str,
         labels: list[str] | None,
         config: dict[str, Any],
+        has_classes: bool = True,
         convert: bool = False,
     ) -> None:
+        self.has_classes = has_classes
         self.name, self.provider, self.labels, self.config = name, provider, labels, config
         self._run, self._convert, self._resize = run, convert, resizer(config)
 
@@ -72,14 +88,26 @@ class Predictor:
         """
         if isinstance(images, np.ndarray):
             return self._run(self._checked(images))
-        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else images
+        if not isinstance(pictures, (list, tuple)) or not all(
+            isinstance(p, (str, Path, Image.Image)) for p in pictures
+        ):
+            raise InputError("images are a picture (file or PIL image), a list of pictures, or one NumPy array")
         if not pictures:
             raise InputError("no images given")
         arrays = np.stack([self._resize(self._opened(picture)) for picture in pictures])
         return self._run(normalise(arrays, self.config))
 
     def top(self, images: Picture | Sequence[Picture] | NDArray[Any], k: int = 5) -> list[list[Prediction]]:
-        """Return the ``k`` most probable classes of each image, best first."""
+        """Return the ``k`` most probable classes of each image, best first.
+
+        Raises:
+            InputError: if ``k`` is below 1, or the model has no classifier; and as calling it does.
+        """
+        if k < 1:
+            raise InputError(f"k is {k}; at least 1")
+        if not self.has_classes:
+            raise InputError(f"{self.name} has no classifier: it gives features, not classes")
         logits = self(images).astype(np.float64)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = odds / odds.sum(axis=1, keepdims=True)
@@ -102,6 +130,8 @@ class Predictor:
             raise InputError(f"the array is {array.shape}; {self.name} takes (batch, {', '.join(map(str, wanted))})")
         if not np.issubdtype(array.dtype, np.floating):
             raise InputError(f"the array is {array.dtype}; give normalised floats, or pictures")
+        if not np.isfinite(array).all():
+            raise InputError("the array holds values that are not finite")
         return np.ascontiguousarray(array, dtype=np.float32)
 
 
@@ -119,7 +149,10 @@ def model_predictor(model: nn.Module, convert: bool = False) -> Predictor:
         return model(torch.from_numpy(batch).to(like.device, like.dtype)).float().cpu().numpy()
 
     name = model.pretrained_cfg.get("architecture") or type(model).__name__  # type: ignore[union-attr]
-    return Predictor(run, name, f"PyTorch {like.device.type}", labels_of(model), input_config(model), convert)
+    has_classes = bool(model.num_classes)
+    return Predictor(
+        run, name, f"PyTorch {like.device.type}", labels_of(model), input_config(model), has_classes, convert
+    )
 
 
 def load_predictor(
@@ -141,21 +174,36 @@ def load_predictor(
     require("onnxruntime")
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist")
+    if threads is not None:
+        check_threads(threads)
     session = _session(path, provider, threads)
     metadata = _metadata(session, path)
-    inputs, output = session.get_inputs(), session.get_outputs()[0].name
-    if [list(i.shape[1:]) for i in inputs] != [metadata["input_size"]]:
-        raise InputError(f"{path}: the input is {inputs[0].shape}, but its metadata say {metadata['input_size']}")
-    if metadata["labels"] and session.get_outputs()[0].shape[1:] != [len(metadata["labels"])]:
-        raise InputError(
-            f"{path}: the output is {session.get_outputs()[0].shape}, but {len(metadata['labels'])} labels"
-        )
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    fed = [(i.type, isinstance(i.shape[0], str), i.shape[1:]) for i in inputs if i.shape]
+    if fed != [("tensor(float)", True, metadata["input_size"])]:
+        got = ", ".join(f"{i.type} {i.shape}" for i in inputs) or "nothing"
+        raise InputError(f"{path} takes {got}; its metadata say float (batch, {metadata['input_size']})")
+    output = outputs[0].name
 
     def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         return session.run([output], {inputs[0].name: batch})[0]
 
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in metadata.items()}
-    return Predictor(run, metadata["model"], session.get_providers()[0], metadata["labels"], config, convert)
+    has_classes = output == "logits"
+    return Predictor(
+        run, metadata["model"], session.get_providers()[0], metadata["labels"], config, has_classes, convert
+    )
+
+
+def check_threads(threads: int) -> None:
+    """Check a number of threads: more than a few a core only wait for each other, very many bring the process down.
+
+    Raises:
+        InputError: if it is below 1 or above four a core.
+    """
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise InputError(f"threads is {threads}; on this machine 1 to {most}")
 
 
 def _session(path: str | Path, provider: str, threads: int | None) -> Any:
@@ -181,7 +229,7 @@ def _session(path: str | Path, provider: str, threads: int | None) -> Any:
     if wanted[0] != PROVIDERS["cpu"]:
         onnxruntime.preload_dlls()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is no whole ONNX file, or {wanted[0]} cannot run it: {reason}") from None
@@ -194,10 +242,17 @@ def _session(path: str | Path, provider: str, threads: int | None) -> Any:
 
 
 def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
-    stored = session.get_modelmeta().custom_metadata_map
-    if missing := [name for name in METADATA if name not in stored]:
-        raise InputError(f"{path} was not exported by sdzoo: its metadata lack {', '.join(missing)}")
     try:
-        return {name: json.loads(stored[name]) for name in METADATA}
-    except ValueError:
-        raise InputError(f"{path}: its metadata are not sdzoo's") from None
+        stored = session.get_modelmeta().custom_metadata_map
+        if missing := [name for name in METADATA if name not in stored]:
+            raise InputError(f"was not exported by sdzoo: its metadata lack {', '.join(missing)}")
+        metadata = {name: json.loads(stored[name]) for name in METADATA}
+        shape = session.get_outputs()[0].shape
+        check_description(metadata | {"arch": metadata["model"], "num_classes": shape[1] if len(shape) == 2 else 0})
+        if not seal_holds(Path(path).read_bytes(), str(metadata["file_sha256"])):
+            raise InputError("is damaged: its sha256 is not the one in its metadata")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise InputError(f"{path} is damaged: its metadata cannot be read") from None
+    return metadata

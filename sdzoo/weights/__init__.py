@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
-from sdzoo.files import file_sha256
 
 FOLDER = Path(__file__).parent
 

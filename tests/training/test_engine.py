@@ -26,11 +26,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sdzoo
 from sdzoo.errors import InputError
-from sdzoo.train.checkpoint import describe, load_model, read_checkpoint, save_weights
-from sdzoo.train.data import load_image_set, normaliser, training_batches
-from sdzoo.train.engine import Diverged, Interrupted, create_model, train
-from sdzoo.train.evaluate import evaluate
-from sdzoo.train.recipe import Recipe, load_recipe
+from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
+from sdzoo.training.data import load_image_set, normaliser, training_batches
+from sdzoo.training.engine import Diverged, Interrupted, create_model, train
+from sdzoo.training.evaluate import evaluate
+from sdzoo.training.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
 LINEAR_TO_HALF = [1 - block / 9 * 0.5 for block in range(1, 10)]
@@ -141,8 +141,8 @@ def test_best_is_kept_when_later_epochs_are_worse(
     image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Validation is replaced by fixed figures: 50, 70, 70, 60 %; the first 70 is the best."""
-    from sdzoo.train import engine
-    from sdzoo.train.evaluate import Evaluation
+    from sdzoo.training import engine
+    from sdzoo.training.evaluate import Evaluation
 
     figures = iter([50.0, 70.0, 70.0, 60.0])
     monkeypatch.setattr(engine, "evaluate", lambda *_: Evaluation(next(figures), 100.0, 1.0, 12))

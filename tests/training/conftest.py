@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import sdzoo  # noqa: F401  registers the models
-from sdzoo.train.engine import train
-from sdzoo.train.recipe import Recipe
+from sdzoo.training.engine import train
+from sdzoo.training.recipe import Recipe
 
 COLOURS = {"blue": (40, 60, 190), "green": (50, 180, 70), "red": (200, 50, 40)}
 COUNTS = {"train": 22, "val": 4, "test": 3}

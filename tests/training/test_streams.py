@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from sdzoo.train.streams import stream, stream_seed
+from sdzoo.training.streams import stream, stream_seed
 
 
 @pytest.mark.parametrize("name", [(42, "gates", 0), (42, "gates", 1), (0, "init"), (-1, "crop", 10**12)])

@@ -28,11 +28,11 @@ from sdzoo.files import atomic_path
 from sdzoo.gate import fixed_gates, gates, live_blocks
 from sdzoo.images import input_config
 from sdzoo.registry import check_name
-from sdzoo.train.checkpoint import describe, load_state, read_checkpoint, save_run, save_weights
-from sdzoo.train.data import load_image_set, normaliser, training_batches
-from sdzoo.train.evaluate import evaluate
-from sdzoo.train.recipe import Recipe
-from sdzoo.train.streams import stream, stream_seed
+from sdzoo.training.checkpoint import describe, load_state, read_checkpoint, save_run, save_weights
+from sdzoo.training.data import load_image_set, normaliser, training_batches
+from sdzoo.training.evaluate import evaluate
+from sdzoo.training.recipe import Recipe
+from sdzoo.training.streams import stream, stream_seed
 
 LOG_COLUMNS: tuple[str, ...] = (
     "epoch",

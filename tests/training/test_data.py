@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from sdzoo.errors import InputError
-from sdzoo.train import data as data_module
-from sdzoo.train.data import ImageSet, load_image_set, normaliser, pad_crop_flip, training_batches
+from sdzoo.training import data as data_module
+from sdzoo.training.data import ImageSet, load_image_set, normaliser, pad_crop_flip, training_batches
 
 CONFIG: dict[str, Any] = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0}
 CPU = torch.device("cpu")

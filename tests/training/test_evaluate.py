@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sdzoo.errors import InputError
-from sdzoo.train.data import ImageSet, normaliser
-from sdzoo.train.evaluate import evaluate, evaluate_predictor
+from sdzoo.training.data import ImageSet, normaliser
+from sdzoo.training.evaluate import evaluate, evaluate_predictor
 
 NORMALISE = normaliser((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"))
 

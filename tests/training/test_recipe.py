@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdzoo.errors import InputError
-from sdzoo.train.recipe import Recipe, find_recipe, load_recipe, recipes_folder
+from sdzoo.training.recipe import Recipe, find_recipe, load_recipe, recipes_folder
 
 MINIMAL = "model: sd_resnet20\nepochs: 3\nlr: 0.1\ntrain_crop_mode: pad4\n"
 REPOSITORY = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sdzoo.errors import InputError
 from sdzoo.images import open_image, resizer
-from sdzoo.train.streams import stream
+from sdzoo.training.streams import stream
 
 PAD = 4
 MEMORY_LIMIT_GIB = 8

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdzoo.errors import InputError
-from sdzoo.train.data import ImageSet, load_image_set, normaliser
+from sdzoo.training.data import ImageSet, load_image_set, normaliser
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Callable
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sdzoo.description import check_description
+from sdzoo.digest import state_sha256
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
-from sdzoo.gate import MODES, gates
-from sdzoo.images import INTERPOLATIONS, input_config
+from sdzoo.gate import gates
+from sdzoo.images import input_config
 from sdzoo.registry import check_name
 
 FORMAT = "sdzoo-1"
-MAX_CLASSES = 100_000
-MAX_SIDE = 4096
 
 
 def describe(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def describe(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
 def save_weights(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
     """Write a safetensors file of ``model``, whole or not at all."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    description = description | {"state_sha256": state_sha256(state)}
     content = safetensors.torch.save(state, metadata={"sdzoo": json.dumps(description)})
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
@@ -69,22 +71,20 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    if path.suffix == ".onnx":
+        raise InputError(f"{path} is an ONNX file; name the model or the checkpoint that it came from")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("sdzoo", "{}"))
-            if not isinstance(header, dict):
-                raise ValueError("its description is not a mapping")
-            return safetensors.torch.load_file(path), header
-        except (SafetensorError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+        return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever the bytes happen to ask for
-        if isinstance(error, pickle.UnpicklingError):
-            raise InputError(
-                f"{path} is damaged or holds more than tensors and plain values; not loaded, none of it ran"
-            ) from None
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{damaged} is damaged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        why = "damaged or holds more than tensors and plain values"
+        raise InputError(f"{path} is {why}; it is not loaded, none of it ran") from None
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a whole checkpoint: {reason}") from None
     if not isinstance(content, dict):
@@ -94,6 +94,21 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no state dict")
     return state, content if content is not state else {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("sdzoo", "{}"))
+        if not isinstance(header, dict):
+            raise ValueError("its description is not a mapping")
+        state = safetensors.torch.load_file(path)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+    expected, got = header.get("state_sha256"), state_sha256(state)
+    if expected not in (None, got):
+        raise InputError(f"{path} is damaged: sha256 of the weights {got}, its description says {expected}")
+    return state, header
 
 
 def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
@@ -112,7 +127,7 @@ def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
         raise InputError(f"{path} does not say which model it is; name it with --arch")
     try:
         check_name(str(arch))
-        _check_description(description)
+        check_description(description)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     overlay = {name: description[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in description}
@@ -122,31 +137,6 @@ def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
     model = timm.create_model(str(arch), pretrained_cfg_overlay=overlay, **given)
     load_state(model, state, str(path))
     return model.eval()
-
-
-def _check_description(description: dict[str, Any]) -> None:
-    """Check what a file says of its model before anything is built from it: the file may be a stranger's."""
-
-    def numbers(count: object) -> Callable[[Any], bool]:
-        return lambda v: isinstance(v, (list, tuple)) and len(v) == count and all(type(n) in (int, float) for n in v)
-
-    classes, in_chans = description.get("num_classes", 10), description.get("in_chans", 3)
-    rules: dict[str, Callable[[Any], bool]] = {
-        "num_classes": lambda v: type(v) is int and 0 <= v <= MAX_CLASSES,
-        "in_chans": lambda v: type(v) is int and 1 <= v <= MAX_SIDE,
-        "input_size": lambda v: numbers(3)(v) and all(type(n) is int and 1 <= n <= MAX_SIDE for n in v),
-        "mean": numbers(in_chans),
-        "std": lambda v: numbers(in_chans)(v) and all(n > 0 for n in v),
-        "interpolation": lambda v: v in INTERPOLATIONS,
-        "crop_pct": lambda v: type(v) in (int, float) and 0 < v <= 1,
-        "mode": lambda v: v in MODES,
-        "labels": lambda v: (
-            isinstance(v, (list, tuple)) and all(isinstance(n, str) for n in v) and len(v) in (0, classes)
-        ),
-    }
-    for name, rule in rules.items():
-        if name in description and not rule(description[name]):
-            raise InputError(f"it describes its model wrongly: {name} is {str(description[name])[:80]}")
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import sdzoo
 from sdzoo.errors import InputError
-from sdzoo.train.checkpoint import describe, load_model, load_state, read_checkpoint, save_run, save_weights
+from sdzoo.training.checkpoint import describe, load_model, load_state, read_checkpoint, save_run, save_weights
 
 LABELS = ("ant", "bee", "cow")
 
