@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdzoo.errors import InputError
 from sdzoo.fold import check_evaluation, fuse_conv_bn
 from sdzoo.gate import Gate, with_zero_gradients
 
@@ -123,6 +124,9 @@ class BasicBlock(ResidualBlock):
         gate: The block's gate.
         act_layer: Activation, in both places.
         norm_layer: Normalisation with an affine ``weight`` and ``bias``.
+
+    Raises:
+        InputError: if the normalisation is not affine.
     """
 
     branch_scale: ClassVar[dict[str, int]] = {"bn2.weight": 1, "bn2.bias": 1}
@@ -145,6 +149,8 @@ class BasicBlock(ResidualBlock):
         self.act1 = act_layer(inplace=True)
         self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False, **dd)
         self.bn2 = norm_layer(out_chans, **dd)
+        if not all(isinstance(tensor, Tensor) for tensor in (self.bn2.weight, self.bn2.bias)):
+            raise InputError("norm_layer has no affine weight and bias, by which a change of p rescales the branch")
         self.gate = gate
         self.shortcut = PoolPadShortcut(in_chans, out_chans) if grows else nn.Identity()
         self.act = act_layer(inplace=True)

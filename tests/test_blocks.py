@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -230,3 +231,8 @@ def test_fuse_refuses_training_mode_and_has_changed_nothing(part: str) -> None:
         block.fuse()
     assert block.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_a_normalisation_that_cannot_be_rescaled_is_refused() -> None:
+    with pytest.raises(InputError, match="no affine weight and bias"):
+        BasicBlock(16, 16, Gate(0.5), norm_layer=partial(nn.BatchNorm2d, affine=False))  # type: ignore[arg-type]
