@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of ``x``, unweighted."""
-        raise TypeError(f"{type(self).__name__} defines no branch")
+        raise TypeError("a residual block must define its branch")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output ``(B, C', H', W')`` for ``x`` ``(B, C, H, W)``."""
