@@ -33,6 +33,7 @@ CARD = """---
 |---|---|
 | data | {data}: {data_note} |
 | recipe | `recipes/{name}.yaml` |
+| weight decay | {decay} |
 | epochs | {epochs}, weights of epoch {best_epoch}, chosen on val |
 | top-1 on val | {val_top1_percent:.2f} % of {val_images:,} images |
 | top-1 on test | **{test_top1_percent:.2f} %** of {test_images:,} images, measured once |
@@ -103,6 +104,9 @@ def main() -> None:
         arch=recipe["model"],
         data_note=arguments.data_note,
         training_note=arguments.training_note,
+        decay="timm's default: biases and norms do not decay"
+        if recipe["opt_kwargs"].get("filter_bias_and_bn", True)
+        else "of every parameter",
         p_first=probs[0],
         p_last=probs[-1],
     )

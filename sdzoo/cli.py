@@ -67,7 +67,8 @@ def _list(_: argparse.Namespace) -> None:
 
 def _info(arguments: argparse.Namespace) -> None:
     from sdzoo import weights
-    from sdzoo.zoo import summarise
+    from sdzoo.survival import survival_probs
+    from sdzoo.zoo import open_model, summarise
 
     s = summarise(arguments.model)
     probs = s.survival_probs
@@ -84,10 +85,11 @@ def _info(arguments: argparse.Namespace) -> None:
     for name, value in rows.items():
         print(f"{name:<12}{value}")
     for name in s.weights:
-        facts = weights.card(name)
+        facts, own = weights.card(name), survival_probs(open_model(name))
         print(
             f"\n{name}: trained on {facts['data']}, {facts['epochs']} epochs, top-1 {facts['test_top1_percent']:.2f} % "
-            f"on its test split\n{weights.path(name)}\nnext: sdzoo predict IMAGE --model {name}"
+            f"on its test split\nsurvival    p_1 = {own[0]:.6f} to p_L = {own[-1]:.6f}, in the weights"
+            f"\n{weights.path(name)}\nnext: sdzoo predict IMAGE --model {name}"
         )
 
 
@@ -144,7 +146,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from sdzoo.zoo import open_model, summarise
 
     model = open_model(arguments.model, arguments.arch, need_weights=False)
-    if not Path(arguments.model).exists() and not summarise(arguments.model).weights:
+    if not Path(arguments.model).is_file() and not summarise(arguments.model).weights:
         print(f"{arguments.model} has no weights: timing it untrained")
         calibrate_batchnorm(model, verification_batches(input_config(model))[0][-1:])
     _print_timings(benchmark(model, runs=arguments.runs, threads=arguments.threads, progress=_progress))

@@ -70,7 +70,7 @@ def demo(
     draw_report(
         folder / "report.png",
         f"{MODEL}: ten real pictures",
-        f"PyTorch and ONNX Runtime ({exported.provider}) agree: {parity}",
+        f"PyTorch and ONNX Runtime ({exported.provider}) agree: {parity} (the ten, also mirrored)",
         files,
         dict(zip(files, theirs, strict=True)),
         timings,

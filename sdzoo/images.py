@@ -56,6 +56,8 @@ def check_image(image: Image.Image, in_chans: int = 3, convert: bool = False, na
         raise InputError(f"a model with {in_chans} input channels takes arrays, not pictures ({name})")
     if min(image.size) < MIN_SIDE:
         raise InputError(f"{name} is {image.width}x{image.height} pixels; at least {MIN_SIDE}x{MIN_SIDE}")
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{name} has more than 8 bits a channel ({image.mode}); scale it to 8 first")
     if image.mode != mode:
         if not convert:
             got = COLOUR_MODES.get(image.mode, image.mode)

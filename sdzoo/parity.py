@@ -89,11 +89,8 @@ def compare(
             )
         if a.ndim == 2 and a.shape[1] > 1:
             best = a.topk(2, dim=1).values
+            # That top-1 agrees wherever the margin is clear follows from the limit; what is counted is the rest.
             clear, same = best[:, 0] - best[:, 1] > 2 * allowed, a.argmax(1) == b.argmax(1)
-            if wrong := (clear & ~same).nonzero().flatten().tolist():
-                raise ParityError(
-                    f"{where}: top-1 of image {wrong[0]} is {b[wrong[0]].argmax()}, not {a[wrong[0]].argmax()}"
-                )
             equal += int(same.sum())
             below += int((~clear).sum())
         sizes.append(len(batch))

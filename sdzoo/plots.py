@@ -45,7 +45,7 @@ def draw_report(
     figure.text(0.04, 0.905, subtitle, fontsize=10, color=MUTED, va="top")
     grid = figure.add_gridspec(2, 5, left=0.04, right=0.97, top=0.80, bottom=0.442, hspace=0.44, wspace=0.10)
     for index, (label, file) in enumerate(pictures.items()):
-        cell = grid[index // 5, index % 5].subgridspec(1, 2, width_ratios=(1, 1.08), wspace=0.06)
+        cell = grid[index // 5, index % 5].subgridspec(1, 2, width_ratios=(1, 1.22), wspace=0.06)
         picture, chances = figure.add_subplot(cell[0]), figure.add_subplot(cell[1])
         with Image.open(file) as image:
             picture.imshow(image.convert("RGB"), interpolation="nearest")
@@ -82,7 +82,7 @@ def draw_report(
         )
         reach = max(timing.upper_quartile_ms for timing in rows)
         for row, timing in enumerate(rows):
-            text = f"{timing.median_ms:.2g} ms" if timing.median_ms < 100 else f"{timing.median_ms:.0f} ms"
+            text = f"{timing.median_ms:.2f} ms" if timing.median_ms < 10 else f"{timing.median_ms:.0f} ms"
             axes.text(timing.upper_quartile_ms + 0.03 * reach, row, text, va="center", fontsize=9, color=INK)
         axes.set_xlim(0, 1.3 * reach)
         axes.set_title(f"latency, batch of {size}", fontsize=10, color=INK, loc="left")

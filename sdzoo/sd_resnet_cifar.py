@@ -129,7 +129,10 @@ class SDResNetCifar(nn.Module):
         return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that never decay: none; the authors decay every parameter."""
+        """Return the parameters that this model exempts from weight decay: none, as in the authors' code.
+
+        timm's optimizers exempt biases and norms all the same, unless created with ``filter_bias_and_bn=False``.
+        """
         return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -236,11 +239,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, blocks_per_stage: int, pretrained: bool, **kwargs: Any) -> nn.Module:
     if pretrained:
-        # What a config.json says of survival is no request: timm keeps half of it there, the weights hold all of it.
-        saved = kwargs.get("pretrained_model_args") or {}
-        for name in ("schedule", "survival_probs"):
-            if name in saved and kwargs.get(name) == saved[name]:
-                del kwargs[name]
+        _leave_survival_to_the_weights(kwargs)
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         weights.check(cfg.file)
     return build_model_with_cfg(
@@ -251,6 +250,17 @@ def _create(variant: str, blocks_per_stage: int, pretrained: bool, **kwargs: Any
         blocks_per_stage=blocks_per_stage,
         **kwargs,
     )
+
+
+def _leave_survival_to_the_weights(kwargs: dict[str, Any]) -> None:
+    """Drop what a config.json says of survival unless the caller asks too: timm keeps half there, the weights all."""
+    saved = kwargs.get("pretrained_model_args") or {}
+    given = {name for name in ("drop_path_rate", "schedule", "survival_probs") if kwargs.get(name) is not None}
+    from_config = {name for name in given if name in saved and kwargs[name] == saved[name]}
+    asked = given - from_config
+    for name in from_config:
+        if not asked or "survival_probs" in asked or name == "survival_probs":
+            del kwargs[name]
 
 
 @register_model

@@ -206,7 +206,7 @@ def test_a_block_without_a_branch_says_so() -> None:
             super().__init__()
             self.gate, self.shortcut, self.act = Gate(), nn.Identity(), nn.ReLU()
 
-    with pytest.raises(TypeError, match="Bare defines no branch"):
+    with pytest.raises(TypeError, match="must define its branch"):
         Bare().eval()(torch.ones(1))
 
 

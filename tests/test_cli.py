@@ -712,7 +712,7 @@ def test_recipe_that_is_not_there_lists_those_that_ship(capsys: Capture, data: P
         ({"num_classes": 4}, "has 3 classes"),
         ({"num_classes": "left out"}, "has 3 classes"),
         ({"batch_size": 13}, "12 training images do not fill a batch of 13"),
-        ({"drop_path": 1.0}, "drop_path_rate is 1.0"),
+        ({"drop_path": 1.0}, "drop_path is 1.0; it must lie in [0, 1)"),
         ({"drop_path": "left out", "model_kwargs": {"survival_probs": [0.5] * 8}}, "has 8 entries"),
         ({"drop_path": "left out", "model_kwargs": {"survival_probs": [0.5] * 8 + [1.2]}}, "survival_probs[8] is 1.2"),
         ({"drop_path": "left out", "model_kwargs": {"survival_probs": [float("nan")] * 9}}, "survival_probs[0] is nan"),

@@ -268,3 +268,13 @@ def test_zero_gradients_cost_nothing_where_none_is_wanted() -> None:
     with torch.no_grad():
         assert with_zero_gradients(x, layer) is x
     assert with_zero_gradients(x, layer.requires_grad_(False)) is x
+
+
+def test_what_was_copied_into_the_buffer_is_drawn_with_after_train() -> None:
+    """As timm's EMA does it: the float follows the buffer."""
+    gate = Gate(1.0)
+    gate.survival_prob.copy_(torch.tensor(0.25))
+    gate.train()
+    torch.manual_seed(0)
+    drawn = sum(gate.draw() for _ in range(2000)) / 2000
+    assert abs(drawn - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5

@@ -213,3 +213,11 @@ def test_input_config_of_another_number_of_channels_takes_the_mean_of_the_means(
     assert config["input_size"] == (1, 32, 32)
     assert config["mean"] == pytest.approx(((0.4914 + 0.4822 + 0.4465) / 3,), abs=1e-9)
     assert config["std"] == pytest.approx(((0.2470 + 0.2435 + 0.2616) / 3,), abs=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+@pytest.mark.parametrize("convert", [False, True])
+def test_more_than_8_bits_are_refused_also_with_conversion(mode: str, convert: bool) -> None:
+    """Pillow would clip them to white."""
+    with pytest.raises(InputError, match="more than 8 bits"):
+        check_image(Image.new(mode, (32, 32)), 3, convert)

@@ -327,3 +327,27 @@ def test_a_published_model_comes_back_though_timm_drops_drop_path_rate(
     assert sdzoo.survival_probs(back) == sdzoo.survival_probs(model)
     assert torch.equal(evaluate(back, images), evaluate(model, images))
     close(evaluate(source, images), evaluate(back, images), tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, [0.8] * 9),
+        ({"schedule": "uniform", "drop_path_rate": 0.3}, [0.7] * 9),
+        ({"drop_path_rate": 0.4}, [0.6] * 9),
+        ({"schedule": "constant_depth"}, [1.0] * 9),
+        ({"survival_probs": [0.9] * 9}, [0.9] * 9),
+    ],
+)
+def test_a_saved_folder_gives_its_own_probabilities_unless_others_are_asked_for(
+    asked: dict[str, Any], expected: list[float], tmp_path: Path
+) -> None:
+    """timm writes schedule into config.json but not drop_path_rate: half of what the weights hold."""
+    saved = timm.create_model("sd_resnet20", schedule="uniform", drop_path_rate=0.2).eval()
+    timm.models.save_for_hf(saved, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **asked).eval()
+    assert sdzoo.survival_probs(loaded) == pytest.approx(expected, abs=1e-6)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    reference = saved(images)
+    limit = 1e-4 * max(1, reference.abs().max().item())
+    assert (loaded(images) - reference).abs().max().item() <= limit

@@ -84,10 +84,11 @@ class Predictor:
                 or a float array ``(B, C, H, W)``, normalised already.
 
         Raises:
-            InputError: if a picture cannot be used or an array is of another shape or type.
+            InputError: if a picture cannot be used, an array is of another shape or type, or what the model computes is
+                not finite.
         """
         if isinstance(images, np.ndarray):
-            return self._run(self._checked(images))
+            return self._finite(self._run(self._checked(images)))
         pictures = [images] if isinstance(images, (str, Path, Image.Image)) else images
         if not isinstance(pictures, (list, tuple)) or not all(
             isinstance(p, (str, Path, Image.Image)) for p in pictures
@@ -96,7 +97,12 @@ class Predictor:
         if not pictures:
             raise InputError("no images given")
         arrays = np.stack([self._resize(self._opened(picture)) for picture in pictures])
-        return self._run(normalise(arrays, self.config))
+        return self._finite(self._run(normalise(arrays, self.config)))
+
+    def _finite(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not np.isfinite(logits).all():
+            raise InputError(f"{self.name} gives values that are not finite: its weights are damaged or untrained")
+        return logits
 
     def top(self, images: Picture | Sequence[Picture] | NDArray[Any], k: int = 5) -> list[list[Prediction]]:
         """Return the ``k`` most probable classes of each image, best first.

@@ -23,6 +23,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdzoo.description import check_description
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 from sdzoo.gate import fixed_gates, gates, live_blocks
@@ -98,9 +99,11 @@ def train(
 class _Run:
     def __init__(self, recipe: Recipe, data_dir: Path, output: Path, resume: bool, device: torch.device) -> None:
         self.recipe, self.output = recipe, output
-        self.last, self.best = output / "last.pth", output / "best.safetensors"
+        self.last, self.best, self.log = output / "last.pth", output / "best.safetensors", output / "log.csv"
         if self.last.exists() and not resume:
             raise InputError(f"{output} already holds a run; resume it, or name another folder")
+        if not self.last.exists() and (self.best.exists() or self.log.exists()):
+            raise InputError(f"{output} holds results of a run, but no last.pth to resume; name another folder")
         if resume and not self.last.exists():
             print(f"{output} holds no run to resume: starting anew", flush=True)
         if faults := recipe.faults():
@@ -116,6 +119,7 @@ class _Run:
         self._check_data(data_dir)
         self.normalise = normaliser(config["mean"], config["std"], device)
         self.description = describe(self.model, self.train_set.classes)
+        check_description(self.description)
 
         memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -261,7 +265,7 @@ class _Run:
         if is_best:
             save_weights(self.best, self.model, self.description | {"epoch": progress.epoch, **row})
         self._save_last()
-        with atomic_path(self.output / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+        with atomic_path(self.log) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
@@ -321,8 +325,8 @@ def create_model(recipe: Recipe) -> nn.Module:
         )
     except InputError:
         raise
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"model, model_kwargs: {str(error).splitlines()[0]}") from None
+    except (TypeError, RuntimeError, KeyError, ValueError, AssertionError) as error:
+        raise InputError(f"model, model_kwargs: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     for name in ("mean", "std"):
         values = getattr(recipe, name)
         if values and len(values) != model.in_chans:

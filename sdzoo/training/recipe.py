@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.optim import list_optimizers
 
-from sdzoo.errors import InputError
+from sdzoo.errors import InputError, nearest
 from sdzoo.images import INTERPOLATIONS
 
 
@@ -78,10 +80,27 @@ class Recipe:
         for value in self.std or ():
             if not 0 < value < math.inf:
                 found.append(f"std holds {value}; each must be above 0")
-        for name in ("drop_path", "drop", "hflip", "smoothing", "momentum"):
+        for name in ("drop_path", "drop", "smoothing", "momentum"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                found.append(f"{name} is {value}; it must lie in [0, 1]")
+            if value is not None and not 0 <= value < 1:
+                found.append(f"{name} is {value}; it must lie in [0, 1)")
+        if not 0 <= self.hflip <= 1:
+            found.append(f"hflip is {self.hflip}; it must lie in [0, 1]")
+        if self.crop_pct is not None and self.crop_pct > 1:
+            found.append(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
+        if self.min_lr > self.lr:
+            found.append(f"min_lr is {self.min_lr}, above lr {self.lr}")
+        if self.warmup_epochs >= self.epochs > 0:
+            found.append(f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; it must be fewer")
+        if any(milestone < 1 for milestone in self.decay_milestones):
+            found.append(f"decay_milestones are {self.decay_milestones}; each must be at least 1")
+        if any(not math.isfinite(value) for value in self.mean or ()):
+            found.append(f"mean is {self.mean}; each must be finite")
+        if other := [module for module in self.device_modules if module != "sdzoo"]:
+            found.append(f"device_modules names {', '.join(other)}; implemented here: sdzoo")
+        known = [str(name) for name in list_optimizers()]
+        if self.opt not in known:
+            found.append(f'opt is "{self.opt}", which timm does not have{nearest(self.opt, known)}')
         if self.interpolation and self.interpolation not in INTERPOLATIONS:
             found.append(f'interpolation is "{self.interpolation}"; known: {", ".join(INTERPOLATIONS)}')
         if self.dataset:
@@ -177,8 +196,8 @@ def load_recipe(path: str | Path) -> Recipe:
                 faults.append(f"{key}: {value!r} is not {wanted}")
     required = [f.name for f in dataclasses.fields(Recipe) if _required(f)]
     faults += [f"{key}: missing" for key in required if key not in values]
-    if not any(fault.startswith(f"{key}:") for key in required for fault in faults):
-        faults += Recipe(**taken).faults()
+    # What is missing or mistyped is said already; the other values are checked all the same.
+    faults += Recipe(**{"model": "", "epochs": sys.maxsize, "lr": 1e9} | taken).faults()
     if faults:
         raise InputError(f"{path}: " + "; ".join(faults))
     return Recipe(**taken)

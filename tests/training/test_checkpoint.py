@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sdzoo
+from sdzoo import weights
 from sdzoo.errors import InputError
 from sdzoo.training.checkpoint import describe, load_model, load_state, read_checkpoint, save_run, save_weights
 
@@ -217,7 +218,7 @@ def test_other_shapes_list_missing_and_unexpected_keys(checkpoint: Path) -> None
     message = refused(lambda: load_model(checkpoint, "sd_resnet32"), checkpoint)
     assert "missing: layer1.3.bn1.bias, layer1.3.bn1.num_batches_tracked, " in message
     own = timm.create_model("sd_resnet32").state_dict().keys() - timm.create_model("sd_resnet20").state_dict().keys()
-    rest = len([name for name in own if not name.endswith("survival_prob")]) - 6
+    rest = len(own) - 6
     assert f"and {rest} more" in message
     assert "unexpected" not in message
 
@@ -437,3 +438,29 @@ def test_disk_that_refuses_the_bytes_keeps_the_old_file(tmp_path: Path, model: n
     assert os.listdir(tmp_path) == [path.name]
     assert isinstance(caught.value, (InputError, OSError)), repr(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_with_some_of_its_survival_probabilities_is_refused(tmp_path: Path, model: nn.Module) -> None:
+    state = dict(model.state_dict())
+    del state["layer2.1.gate.survival_prob"]
+    path = tmp_path / "a.pth"
+    save_run(path, describe(model, LABELS) | {"state_dict": state})
+    assert "missing: layer2.1.gate.survival_prob" in refused(lambda: load_model(path), path)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_a_flipped_byte_among_the_weights_is_refused(tmp_path: Path, model: nn.Module, place: float) -> None:
+    path = tmp_path / "a.safetensors"
+    save_weights(path, model, describe(model, LABELS))
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    assert "is damaged: sha256" in refused(lambda: load_model(path), path)
+
+
+def test_a_flipped_byte_in_a_copy_of_the_bundled_weights_is_refused(tmp_path: Path) -> None:
+    content = bytearray(weights.path("sd_resnet20.cifar10_jpeg").read_bytes())
+    content[len(content) // 2] ^= 1
+    path = tmp_path / "copy.safetensors"
+    path.write_bytes(content)
+    assert "is damaged: sha256" in refused(lambda: load_model(path), path)

@@ -174,7 +174,13 @@ def test_numbers_in_every_usual_spelling(written: Path, text: str, value: float)
             "model_kwargs": {"schedule": "uniform", "survival_probs": None},
             "opt_kwargs": {"eps": 1e-8, "betas": [0.9, 1.0]},
         },
-        {"device_modules": ["sdzoo", "yes", "12", "~"], "decay_milestones": [2, 5], "sched": "multistep"},
+        {
+            "train_split": "yes",
+            "val_split": "~",
+            "opt_kwargs": {"a": ["12", "1e5"]},
+            "decay_milestones": [2, 5],
+            "sched": "multistep",
+        },
         {"no_aug": True, "train_crop_mode": None, "clip_grad": 1e300},
     ],
 )
