@@ -742,3 +742,18 @@ def test_public_name_train_is_callable_although_a_package_is_called_the_same(
     """Importing anything from the package ``sdzoo.train`` binds that name to the package."""
     public: Any = sdzoo
     assert public.train(make_recipe(epochs=1, batch_size=66), image_folder, tmp_path / "run", device="cpu").is_file()
+
+
+@pytest.mark.parametrize(
+    ("opt_kwargs", "decays"),
+    [({}, {0.0, 0.01}), ({"filter_bias_and_bn": False}, {0.01})],
+    ids=["timm's", "the paper's"],
+)
+def test_the_optimizer_is_the_recipes(
+    opt_kwargs: dict[str, Any], decays: set[float], image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    recipe = make_recipe(epochs=1, batch_size=66, momentum=0.5, weight_decay=0.01, opt_kwargs=opt_kwargs)
+    train(recipe, image_folder, tmp_path / "run", device="cpu")
+    groups = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["momentum"] for group in groups} == {0.5}
+    assert {group["weight_decay"] for group in groups} == decays
