@@ -118,6 +118,14 @@ class SDResNetCifar(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:  # type: ignore[override]
+        # Weights without any survival probability count as p = 1; that of a single block was lost.
+        blocks = [name.removesuffix("bn2.weight") for name in state_dict if name.endswith(".bn2.weight")]
+        lacking = [block for block in blocks if f"{block}gate.survival_prob" not in state_dict]
+        if lacking and len(lacking) < len(blocks):
+            args[-1].append(f"survival probabilities are missing for {', '.join(lacking)} and there for the others")
+        super()._load_from_state_dict(state_dict, *args)
+
     def _classifier(self, num_classes: int, global_pool: str, **dd: Any) -> tuple[nn.Module, nn.Module]:
         return cast(Any, create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd))
 
@@ -258,6 +266,9 @@ def _leave_survival_to_the_weights(kwargs: dict[str, Any]) -> None:
     given = {name for name in ("drop_path_rate", "schedule", "survival_probs") if kwargs.get(name) is not None}
     from_config = {name for name in given if name in saved and kwargs[name] == saved[name]}
     asked = given - from_config
+    if asked and kwargs.get("schedule") == "constant_depth" and "schedule" in from_config:
+        del kwargs["schedule"]  # no constant depth has a rate or probabilities of its own
+        from_config.discard("schedule")
     for name in from_config:
         if not asked or "survival_probs" in asked or name == "survival_probs":
             del kwargs[name]

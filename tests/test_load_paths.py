@@ -351,3 +351,18 @@ def test_a_saved_folder_gives_its_own_probabilities_unless_others_are_asked_for(
     reference = saved(images)
     limit = 1e-4 * max(1, reference.abs().max().item())
     assert (loaded(images) - reference).abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_that_lost_one_of_their_probabilities_are_refused(strict: bool) -> None:
+    state = timm.create_model("sd_resnet20", drop_path_rate=0.2).state_dict()
+    del state["layer3.2.gate.survival_prob"]
+    with pytest.raises(RuntimeError, match=r"missing for layer3\.2\. and there for the others"):
+        timm.create_model("sd_resnet20").load_state_dict(state, strict=strict)
+
+
+def test_a_rate_for_a_folder_of_constant_depth_is_linear_decay(tmp_path: Path) -> None:
+    saved = timm.create_model("sd_resnet20", schedule="constant_depth").eval()
+    timm.models.save_for_hf(saved, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, drop_path_rate=0.4).eval()
+    assert sdzoo.survival_probs(loaded) == pytest.approx([1 - block / 9 * 0.4 for block in range(1, 10)], abs=1e-6)

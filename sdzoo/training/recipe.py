@@ -88,7 +88,7 @@ class Recipe:
             found.append(f"hflip is {self.hflip}; it must lie in [0, 1]")
         if self.crop_pct is not None and self.crop_pct > 1:
             found.append(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
-        if self.min_lr > self.lr:
+        if 0 < self.lr < self.min_lr:
             found.append(f"min_lr is {self.min_lr}, above lr {self.lr}")
         if self.warmup_epochs >= self.epochs > 0:
             found.append(f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; it must be fewer")
