@@ -20,14 +20,13 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import sdzoo
-from sdzoo.blocks import ResidualBlock
 from sdzoo.images import input_config
+from sdzoo.residual import residual_blocks
 
 
 def with_timm_drop_path(model: nn.Module, survival_probs: list[float]) -> nn.Module:
     """Put timm's DropPath at the end of every branch of a constant-depth ``model``, and return it."""
-    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
-    for block, p in zip(blocks, survival_probs, strict=True):
+    for (_, block), p in zip(residual_blocks(model), survival_probs, strict=True):
         branch, drop_path = block.branch, DropPath(1 - p)
         block.branch = lambda x, branch=branch, drop_path=drop_path: drop_path(branch(x))
     return model

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-import sdzoo.sd_resnet_cifar  # noqa: F401  registers the models
+import sdzoo.sd_resnet_cifar
+import sdzoo.sd_resnetv2_cifar  # noqa: F401  registers its models, as the others do
 from sdzoo.fold import fold
-from sdzoo.gate import fixed_gates, live_blocks
+from sdzoo.gate import fixed_gates, live_blocks, set_draw_probs
 from sdzoo.schedule import constant_depth, linear_decay, uniform
+from sdzoo.sd_resnet import to_timm
+from sdzoo.stochastic_depth import add_stochastic_depth
 from sdzoo.survival import set_survival, survival_probs
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from sdzoo.training.evaluate import evaluate
 
 __all__ = [
+    "add_stochastic_depth",
     "benchmark",
     "constant_depth",
     "evaluate",
@@ -33,8 +37,10 @@ __all__ = [
     "linear_decay",
     "live_blocks",
     "load_predictor",
+    "set_draw_probs",
     "set_survival",
     "survival_probs",
+    "to_timm",
     "train",
     "uniform",
 ]

@@ -1,40 +1,74 @@
-r"""Folding: a model in evaluation as convolutions, ReLUs and additions alone.
+r"""Folding: a model in evaluation without gates, and without BatchNorm.
 
 With ``y = gamma (W x - mu) / sigma + beta`` a convolution and its BatchNorm, and the branch's output weighted by p::
 
     W' = p gamma W / sigma        b' = p (beta - mu gamma / sigma)        sigma = sqrt(var + eps)
 
 p is 1 for every pair but the last of a residual branch, and never touches the shortcut. Weighting the branch is the
-block's own ``scale_branch_``; this module knows the pair. The arithmetic is in float64, whatever the model's dtype.
+block's own ``scale_branch_``; this module knows the pair. A BatchNorm that no convolution feeds (the first of a
+pre-activation block) becomes a scale and a shift per channel. The arithmetic is in float64, whatever the model's dtype.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
+import warnings
+from collections import Counter
 from typing import TypeVar
 
 import torch
-from torch import nn
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sdzoo.errors import InputError
-from sdzoo.gate import Gate
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# By type and not isinstance: a subclass may normalise in another way, or standardise its weight.
+BATCHNORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
-@torch.no_grad()
+
+class ScaleShift(nn.Module):
+    """``act(weight * x + bias)`` per channel: what is left of a BatchNorm that no convolution feeds."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, act: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(B, C, H, W)`` for ``x`` ``(B, C, H, W)``."""
+        return self.act(x * self.weight[:, None, None] + self.bias[:, None, None])
+
+
 def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
-    """Return the convolution, with bias, that computes ``bn(conv(x))`` in evaluation.
+    """Return the convolution, with bias, that computes ``bn(conv(x))`` in evaluation, without bn's activation.
 
     Raises:
         InputError: if the pair is not Conv2d and BatchNorm2d with running statistics, or is in training mode.
     """
-    # By type and not isinstance: a subclass may standardise its weight or end in an activation.
-    if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(conv) is not nn.Conv2d:
         raise InputError(f"cannot fold {type(conv).__name__} with {type(bn).__name__}; only Conv2d with BatchNorm2d")
-    assert isinstance(conv, nn.Conv2d)
+    scale, shift = scale_and_shift(bn)
+    bias = torch.zeros_like(shift) if conv.bias is None else conv.bias.detach().double()
+    folded = copy.deepcopy(conv)
+    weight = conv.weight.detach().double() * scale[:, None, None, None]
+    folded.weight = nn.Parameter(weight.to(conv.weight.dtype))
+    folded.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype))
+    return folded
+
+
+@torch.no_grad()
+def scale_and_shift(bn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return ``gamma / sigma`` and ``beta - mu gamma / sigma`` of a BatchNorm in evaluation, ``(C,)``, float64.
+
+    Raises:
+        InputError: if it is no BatchNorm2d with running statistics, or is in training mode.
+    """
+    if type(bn) not in BATCHNORMS:
+        raise InputError(f"cannot fold {type(bn).__name__}; only BatchNorm2d")
     assert isinstance(bn, _BatchNorm)
     check_evaluation(bn)
     if bn.running_mean is None or bn.running_var is None:
@@ -43,12 +77,7 @@ def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:
     gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.double()
     beta = torch.zeros_like(mu) if bn.bias is None else bn.bias.double()
     scale = gamma / torch.sqrt(var + bn.eps)
-    bias = torch.zeros_like(mu) if conv.bias is None else conv.bias.double()
-
-    folded = copy.deepcopy(conv)
-    folded.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype))
-    folded.bias = nn.Parameter((beta + (bias - mu) * scale).to(conv.weight.dtype))
-    return folded
+    return scale, beta - mu * scale
 
 
 def check_evaluation(model: nn.Module) -> None:
@@ -64,29 +93,60 @@ def check_evaluation(model: nn.Module) -> None:
 
 
 def fold(model: Model) -> Model:
-    """Return a new model that computes the evaluation function of ``model`` without BatchNorm and without gates.
+    """Return a new model that computes the evaluation function of ``model`` without gates and without BatchNorm.
 
-    ``model`` is left alone. The result has no survival probabilities: they are in the weights.
+    ``model`` is left alone. The result has no survival probabilities: they are in the weights. Other norms stay, with p
+    in the affine that ends the branch, and a warning counts them.
 
     Raises:
-        InputError: if ``model`` or a part of it is in training mode, or a BatchNorm has no convolution to fold into.
+        InputError: if ``model`` or a part of it is in training mode, or a BatchNorm cannot be folded.
     """
     check_evaluation(model)
     folded = copy.deepcopy(model)
-    for module in list(folded.modules()):
-        if callable(fuse := getattr(module, "fuse", None)):
-            fuse()
-    _fuse_stem(folded)
-    left = [name for name, module in folded.named_modules() if isinstance(module, (_BatchNorm, Gate))]
-    if left:
-        raise InputError(f"cannot fold {type(model).__name__}: no convolution to fold {', '.join(left)} into")
+    for module in folded.modules():
+        if callable(absorb := getattr(module, "absorb_gates_", None)):
+            absorb()
+    fold_batchnorms(folded)
+    kept = Counter(type(m).__name__ for m in folded.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)))
+    if kept:
+        names = ", ".join(f"{count} {name}" for name, count in kept.items())
+        warnings.warn(f"fold keeps {names}: only BatchNorm becomes part of a convolution", stacklevel=2)
     return folded.eval()
 
 
-def _fuse_stem(model: nn.Module) -> None:
-    # A model's children stand in call order (timm's features_only relies on it), so a neighbour is what feeds the norm.
-    children = list(model.named_children())
-    for (conv_name, conv), (bn_name, bn) in itertools.pairwise(children):
-        if isinstance(conv, nn.Conv2d) and isinstance(bn, _BatchNorm):
-            setattr(model, conv_name, fuse_conv_bn(conv, bn))
-            setattr(model, bn_name, nn.Identity())
+def fold_batchnorms(model: nn.Module) -> None:
+    """Replace every BatchNorm of ``model``, in evaluation and in place, by what it does to the convolution before it.
+
+    Where no convolution feeds it alone, a :class:`ScaleShift` stays in its place.
+
+    Raises:
+        InputError: if one cannot be folded.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    graph = _BatchNormTracer().trace(model)
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        norm = model.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(norm, _BatchNorm):
+            continue
+        act = getattr(norm, "act", nn.Identity()).eval()
+        source = node.args[0]
+        conv = model.get_submodule(source.target) if source.op == "call_module" else None
+        if type(conv) is nn.Conv2d and calls[source.target] == calls[node.target] == len(source.users) == 1:
+            model.set_submodule(source.target, fuse_conv_bn(conv, norm))
+            model.set_submodule(node.target, act)
+        else:
+            weight, bias = (tensor.to(_dtype(norm)) for tensor in scale_and_shift(norm))
+            model.set_submodule(node.target, ScaleShift(weight, bias, act).eval())
+
+
+class _BatchNormTracer(fx.Tracer):
+    """Looks into a module only if there is a BatchNorm in it."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or not any(isinstance(child, _BatchNorm) for child in m.modules())
+
+
+def _dtype(norm: _BatchNorm) -> torch.dtype:
+    return norm.weight.dtype if norm.weight is not None else torch.get_default_dtype()

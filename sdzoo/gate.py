@@ -6,7 +6,7 @@ branch by p (Huang et al., 2016, equations 2 and 5).
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdzoo.errors import InputError, nearest
+from sdzoo.schedule import check_survival_probs
 
 MODES = ("batch", "sample")
 
@@ -34,6 +35,7 @@ class Gate(nn.Module):
 
     if TYPE_CHECKING:  # at run time TorchScript would trip over the annotations
         survival_prob: Tensor
+        draw_prob: float | None
         planned: bool | None
         last_draw: bool | None
 
@@ -50,6 +52,7 @@ class Gate(nn.Module):
         self.p = _float32(survival_prob)
         self.mode = mode
         self.explicit = explicit
+        self.draw_prob = None
         self.planned = None
         self.last_draw = None
         self.register_buffer("survival_prob", torch.full((), self.p, dtype=torch.float32, device=device))
@@ -70,17 +73,25 @@ class Gate(nn.Module):
         self.read()
         return super().train(mode)
 
+    def closed(self) -> bool:
+        """Return whether the branch is left out: in training with one gate per mini-batch, if the draw says so."""
+        if not self.training or self.mode != "batch":
+            return False
+        return not self.draw()
+
+    @torch.jit.unused
     def draw(self) -> bool:
         """Return whether the branch is computed in this mini-batch: the planned bit if there is one, else a draw.
 
         Draws from torch's global CPU generator, which gradient checkpointing restores; p = 1 draws nothing.
         """
-        if self.planned is not None:
-            is_open = self.planned
-        else:
-            is_open = self.p >= 1 or torch.rand((), device="cpu").item() < self.p
+        p = self._draw_prob()
+        is_open = self.planned if self.planned is not None else p >= 1 or torch.rand((), device="cpu").item() < p
         self.last_draw = is_open
         return is_open
+
+    def _draw_prob(self) -> float:
+        return self.p if self.draw_prob is None else self.draw_prob
 
     @torch.jit.unused
     def sample_mask(self, branch: Tensor) -> Tensor:
@@ -88,15 +99,16 @@ class Gate(nn.Module):
         shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
         if self.planned is not None:
             return branch.new_full(shape, float(self.planned))
-        if self.p >= 1:
+        p = self._draw_prob()
+        if p >= 1:
             return branch.new_ones(shape)
-        return (torch.rand(shape, device=branch.device) < self.p).to(branch.dtype)
+        return (torch.rand(shape, device=branch.device) < p).to(branch.dtype)
 
     def forward(self, branch: Tensor) -> Tensor:
-        """Return ``branch`` ``(B, ...)`` weighted by p in evaluation, masked per sample in training."""
-        if self.training:
-            return branch * self.sample_mask(branch)
-        return branch * self.survival_prob
+        """Return ``branch`` ``(B, ...)``: weighted by p in evaluation; in training as it is, or masked per sample."""
+        if not self.training:
+            return branch * self.survival_prob
+        return branch if self.mode == "batch" else branch * self.sample_mask(branch)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Gate":
         p = self.read()
@@ -123,6 +135,18 @@ class Gate(nn.Module):
         return f"survival_prob={self.p:.6g}, mode={self.mode!r}"
 
 
+class OpenGate(nn.Module):
+    """What stands in a block's gate when p is in the weights, or before it has one: the branch counts in full."""
+
+    def closed(self) -> bool:
+        """Return False."""
+        return False
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Return ``branch``."""
+        return branch
+
+
 def _float32(number: float) -> float:
     """Return the nearest float32 number; infinity beyond its range."""
     if abs(number) > 2.0**128:
@@ -145,16 +169,16 @@ class _ZeroGradients(torch.autograd.Function):
         return grads[0], *zeros
 
 
-def with_zero_gradients(x: Tensor, module: nn.Module) -> Tensor:
-    """Return a view of ``x`` through which every trainable parameter of ``module`` gets a zero gradient.
+def with_zero_gradients(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return a view of ``x`` through which every trainable one of ``parameters`` gets a zero gradient.
 
     Zero, not None: DDP then needs no search for unused parameters, and SGD's weight decay and momentum act on a skipped
     block as in the authors' code. An in-place operation must not follow directly: the result is a view.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters or not torch.is_grad_enabled():
+    wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
+    if not wanted:
         return x
-    return _ZeroGradients.apply(x, *parameters)  # type: ignore[no-any-return]
+    return _ZeroGradients.apply(x, *wanted)  # type: ignore[no-any-return]
 
 
 def gates(model: nn.Module) -> list[Gate]:
@@ -183,16 +207,16 @@ def live_blocks(model: nn.Module) -> list[bool]:
 
 @contextmanager
 def fixed_gates(model: nn.Module, bits: Sequence[bool | int]) -> Iterator[None]:
-    """Make every training forward inside the ``with`` use ``bits``, one per block, input to output, instead of drawing.
+    """Make every training forward inside the ``with`` use ``bits``, one per gate, input to output, instead of drawing.
 
     Under gradient checkpointing the backward belongs inside too: it computes the blocks again.
 
     Raises:
-        InputError: if there is not one 0 or 1 per block, or a gate is in evaluation, where it would have no effect.
+        InputError: if there is not one 0 or 1 per gate, or a gate is in evaluation, where it would have no effect.
     """
     found, bits = gates(model), list(bits)
     if len(bits) != len(found):
-        raise InputError(f"bits has {len(bits)} entries; the model has {len(found)} blocks")
+        raise InputError(f"bits has {len(bits)} entries; the model has {len(found)} gates")
     for index, bit in enumerate(bits):
         if bit not in (0, 1):
             raise InputError(f"bits[{index}] is {bit!r}; each must be 0 (skip) or 1 (compute)")
@@ -206,3 +230,17 @@ def fixed_gates(model: nn.Module, bits: Sequence[bool | int]) -> Iterator[None]:
     finally:
         for gate, planned in zip(found, before, strict=True):
             gate.planned = planned
+
+
+def set_draw_probs(model: nn.Module, probs: Sequence[float] | None) -> None:
+    """Draw with ``probs`` in training, one per gate, instead of p; None: with p again.
+
+    For schedules over epochs (:func:`sdzoo.warm_up`): evaluation and the state dict keep p.
+
+    Raises:
+        InputError: if there is not one number in (0, 1] per gate; nothing has changed then.
+    """
+    found = gates(model)
+    checked = [None] * len(found) if probs is None else check_survival_probs(probs, len(found), "set_draw_probs")
+    for gate, prob in zip(found, checked, strict=True):
+        gate.draw_prob = prob

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from sdzoo.blocks import ResidualBlock
 from sdzoo.gate import gates
+from sdzoo.residual import residual_blocks
 from sdzoo.schedule import check_survival_probs
 
 
 def survival_probs(model: nn.Module) -> list[float]:
-    """Return p_l of every residual block, input to output: the shortest decimals that are the stored float32 numbers.
+    """Return p of every gate, input to output: the shortest decimals that are the stored float32 numbers.
+
+    A residual block has one gate, a transformer block one for each of its two branches.
 
     Raises:
         InputError: if ``model`` has none: a folded model has them in its weights.
@@ -22,14 +24,14 @@ def survival_probs(model: nn.Module) -> list[float]:
 
 
 def set_survival(model: nn.Module, probs: Sequence[float]) -> None:
-    """Give every residual block its p_l of ``probs``, in place, and rescale its branch by p_old / p_new.
+    """Give every gate its p of ``probs``, in place, and rescale its branch by p_old / p_new.
 
     Training changes; the evaluation function stays within rounding.
 
     Raises:
-        InputError: if there is not one number in (0, 1] per block; nothing has changed then.
+        InputError: if there is not one number in (0, 1] per gate; nothing has changed then.
     """
     probs = check_survival_probs(probs, len(gates(model)), "set_survival")
-    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock) and module.gate is not None]
-    for block, p in zip(blocks, probs, strict=True):
-        block.set_survival_prob(p)
+    branches = [(block, gate) for _, block in residual_blocks(model) for gate in block.gate_names]
+    for (block, gate), p in zip(branches, probs, strict=True):
+        block.set_survival_prob(p, gate)

@@ -11,9 +11,10 @@ from nets import after_relu, close, make_block, plain_branch, random_images
 from torch import Tensor, nn
 
 import sdzoo
-from sdzoo.blocks import BasicBlock, PoolPadShortcut, ResidualBlock
+from sdzoo.blocks import BasicBlock, PoolPadShortcut
 from sdzoo.errors import InputError
-from sdzoo.gate import Gate
+from sdzoo.gate import Gate, OpenGate
+from sdzoo.residual import OneBranchBlock
 
 
 def plain_shortcut(x: Tensor, out_chans: int) -> Tensor:
@@ -201,7 +202,7 @@ def test_set_survival_prob_keeps_the_evaluation_function() -> None:
 
 
 def test_a_block_without_a_branch_says_so() -> None:
-    class Bare(ResidualBlock):
+    class Bare(OneBranchBlock):
         def __init__(self) -> None:
             super().__init__()
             self.gate, self.shortcut, self.act = Gate(), nn.Identity(), nn.ReLU()
@@ -216,7 +217,7 @@ def test_fuse_keeps_the_evaluation_function_and_returns_the_block(out_chans: int
     expected = block(x)
     assert block.fuse() is block
     close(expected, block(x), tol=1e-12)
-    assert block.gate is None
+    assert isinstance(block.gate, OpenGate)
     assert not [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
     assert block.fuse() is block  # once more changes nothing
     close(expected, block(x), tol=1e-12)

@@ -218,8 +218,8 @@ def test_fixed_gates_hold_for_sample_masks() -> None:
 @pytest.mark.parametrize(
     ("bits", "message"),
     [
-        ([1], "bits has 1 entries; the model has 2 blocks"),
-        ([1, 0, 1], "bits has 3 entries; the model has 2 blocks"),
+        ([1], "bits has 1 entries; the model has 2 gates"),
+        ([1, 0, 1], "bits has 3 entries; the model has 2 gates"),
         ([1, 2], r"bits\[1\] is 2; each must be 0 \(skip\) or 1 \(compute\)"),
         ([0.5, 1], r"bits\[0\] is 0.5"),
     ],
@@ -239,7 +239,7 @@ def test_fixed_gates_are_refused_in_evaluation() -> None:
 def test_zero_gradients_reach_trainable_parameters_only() -> None:
     layer, x = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
     layer.bias.requires_grad_(False)
-    out = with_zero_gradients(x, layer)
+    out = with_zero_gradients(x, layer.parameters())
     assert torch.equal(out, x)
     (out * 2).sum().backward()
     assert x.grad is not None
@@ -251,14 +251,14 @@ def test_zero_gradients_reach_trainable_parameters_only() -> None:
 
 def test_zero_gradients_reach_parameters_though_the_input_wants_none() -> None:
     layer = nn.Linear(3, 2)
-    with_zero_gradients(torch.randn(4, 3), layer).sum().backward()
+    with_zero_gradients(torch.randn(4, 3), layer.parameters()).sum().backward()
     assert layer.weight.grad is not None
     assert not layer.weight.grad.any()
 
 
 def test_zero_gradients_have_the_strides_of_their_parameter() -> None:
     conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
-    out = with_zero_gradients(torch.randn(1, 4, 5, 5), conv)
+    out = with_zero_gradients(torch.randn(1, 4, 5, 5), conv.parameters())
     (gradient,) = torch.autograd.grad(out.sum(), conv.weight)  # backward() would lay it out anew
     assert gradient.stride() == conv.weight.stride()
 
@@ -266,8 +266,8 @@ def test_zero_gradients_have_the_strides_of_their_parameter() -> None:
 def test_zero_gradients_cost_nothing_where_none_is_wanted() -> None:
     layer, x = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
     with torch.no_grad():
-        assert with_zero_gradients(x, layer) is x
-    assert with_zero_gradients(x, layer.requires_grad_(False)) is x
+        assert with_zero_gradients(x, layer.parameters()) is x
+    assert with_zero_gradients(x, layer.requires_grad_(False).parameters()) is x
 
 
 def test_what_was_copied_into_the_buffer_is_drawn_with_after_train() -> None:

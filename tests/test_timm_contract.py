@@ -22,7 +22,7 @@ def create(**kwargs: Any) -> Net:
     return timm.create_model("sd_resnet20", **kwargs)
 
 
-@pytest.mark.parametrize("name", timm.list_models("sd_resnet*"))
+@pytest.mark.parametrize("name", timm.list_models(module="sd_resnet_cifar"))
 def test_the_default_cfg_fits_32_pixels(name: str) -> None:
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None

@@ -154,8 +154,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
         if own[name].shape != state[name].shape
     ]
     # Weights of a constant-depth network hold no survival probability at all: the loading rule knows what to do.
-    if not any(name.endswith("gate.survival_prob") for name in state):
-        missing = [name for name in missing if not name.endswith("gate.survival_prob")]
+    if not any(name.endswith("survival_prob") for name in state):
+        missing = [name for name in missing if not name.endswith("survival_prob")]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if faults := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
         raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}")

@@ -297,7 +297,7 @@ class _Run:
         ours = dataclasses.asdict(self.recipe)
         if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
             raise InputError(f"{self.last} is from another recipe; it differs in {', '.join(other)}")
-        stored = [float(p) for name, p in state.items() if name.endswith("gate.survival_prob")]
+        stored = [float(p) for name, p in state.items() if name.endswith("survival_prob")]
         if stored != self.probs:
             raise InputError(f"{self.last} was trained with other survival probabilities than the recipe's")
         load_state(self.model, state, str(self.last))

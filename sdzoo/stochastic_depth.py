@@ -1,0 +1,188 @@
+"""Stochastic depth for networks made of known residual blocks: gates in, gates out.
+
+What every family of sdzoo and :func:`add_stochastic_depth` share: which blocks there are, and how they get their gates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from sdzoo.errors import InputError
+from sdzoo.gate import Gate
+from sdzoo.residual import ResidualBlock, residual_blocks
+from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, resolve_survival_probs
+from sdzoo.timm_blocks import GATED, become_gated, become_stock, drop_timms_drop_path, is_residual
+
+Model = TypeVar("Model", bound=nn.Module)
+
+KNOWN = ", ".join(f"{block.__module__.rpartition('.')[2]}.{block.__name__}" for block in GATED)
+
+
+def add_gates(
+    model: nn.Module,
+    drop_path_rate: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    survival_probs: Sequence[float] | None = None,
+    mode: str = "batch",
+) -> None:
+    """Give every residual block of ``model`` its gates, in place; the weights stay, so they are trained with gates.
+
+    Args:
+        model: A network of sdzoo's or timm's residual blocks without gates.
+        drop_path_rate: timm's word for 1 - p_L.
+        schedule: As in :func:`sdzoo.schedule.resolve_survival_probs`.
+        survival_probs: p_l of every block, input to output.
+        mode: ``"batch"`` or ``"sample"``.
+
+    Raises:
+        InputError: if the settings contradict each other or leave (0, 1], or a block cannot have gates.
+    """
+    blocks = _blocks_without_gates(model)
+    stages = [len(list(stage)) for _, stage in groupby(name.rpartition(".")[0] for name, _ in blocks)]
+    probs, explicit = resolve_survival_probs(len(blocks), drop_path_rate, schedule, survival_probs, stages)
+    for (_, block), p in zip(blocks, probs, strict=True):
+        device = next(block.parameters()).device
+        if isinstance(block, ResidualBlock):
+            for name in block.gate_names:
+                setattr(block, name, Gate(p, mode, explicit, device))
+        else:
+            become_gated(block, survival_prob=p, mode=mode, explicit=explicit, device=device)
+    model.register_load_state_dict_pre_hook(_check_no_gate_is_lost)
+
+
+def add_stochastic_depth(
+    model: Model,
+    final_survival_prob: float = DEFAULT_FINAL_SURVIVAL_PROB,
+    schedule: str | Sequence[float] = "linear",
+    mode: str = "batch",
+) -> Model:
+    """Return a new model of the same class whose residual branches are skipped in training; ``model`` is left alone.
+
+    In evaluation it computes what ``model`` does: each branch is weighted by p and its weights are divided by p. The
+    model's own ``DropPath`` is replaced. The two branches of a transformer block share p and draw independently.
+
+    Args:
+        model: A timm model made of known residual blocks: those of ResNet (ResNeXt, SE, ECA), ResNetV2, RegNet,
+            ConvNeXt, and the vision transformers that use timm's ``Block`` or ``ResPostBlock`` (DeiT).
+        final_survival_prob: p_L, in (0, 1].
+        schedule: ``"linear"``, ``"uniform"``, ``"constant_depth"``, or p_l of every block, input to output.
+        mode: ``"batch"`` skips whole branches per mini-batch; ``"sample"`` masks per sample.
+
+    Raises:
+        InputError: if the model has gates already, has residual blocks of unknown classes or branches that cannot be
+            scaled exactly, each named by its class; or the schedule is wrong.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise InputError("the model is compiled: add stochastic depth to the one that was, then compile the result")
+    listed = None if isinstance(schedule, str) else schedule
+    if listed is None and not 0 < final_survival_prob <= 1:
+        raise InputError(f"final_survival_prob is {final_survival_prob}; it must lie in (0, 1]")
+    _check_scalable(model)
+    gated = copy.deepcopy(model)
+    rate = None if listed is not None or schedule == "constant_depth" else 1 - final_survival_prob
+    add_gates(gated, rate, schedule if listed is None else None, listed, mode)
+    for module in gated.modules():
+        if type(module) in GATED:
+            drop_timms_drop_path(module)  # of a block without shortcut: it has nothing to drop
+    for _, block in residual_blocks(gated):
+        for name in block.gate_names:
+            gate: Gate = getattr(block, name)
+            block.scale_branch_(1 / gate.p, name)
+            gate.explicit = True
+    return gated
+
+
+def remove_gates(model: nn.Module) -> None:
+    """Make timm's blocks of ``model`` stock again, in place, p in the weights of their branches.
+
+    Raises:
+        InputError: if a part of it is in training mode, or a block is sdzoo's own.
+    """
+    for name, block in residual_blocks(model):
+        if type(block) not in GATED.values():
+            raise InputError(f"{name} is sdzoo's own {type(block).__name__}: timm has no such block")
+    for _, block in residual_blocks(model):
+        block.absorb_gates_()
+        become_stock(block)
+    for key, hook in list(model._load_state_dict_pre_hooks.items()):
+        if hook.hook is _check_no_gate_is_lost:
+            del model._load_state_dict_pre_hooks[key]
+
+
+def _blocks_without_gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if any(isinstance(module, Gate) for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} has gates already: change them with sdzoo.set_survival(model, probs), which keeps"
+            " its evaluation function"
+        )
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, ResidualBlock) or (type(module) in GATED and is_residual(module))
+    ]
+    unknown = sorted({_class_of(module) for module in model.modules() if _is_unknown_residual(module)})
+    if unknown or not found:
+        what = f"residual blocks of unknown class: {', '.join(unknown)}" if unknown else "no residual block"
+        raise InputError(f"{type(model).__name__} has {what}; known are {KNOWN}")
+    return found
+
+
+def _is_unknown_residual(module: nn.Module) -> bool:
+    # timm's residual blocks, and nothing else, have a drop_path, if only as None or Identity.
+    if isinstance(module, ResidualBlock) or type(module) in GATED:
+        return False
+    members = {**vars(module), **module._modules}
+    return any(name.startswith("drop_path") and _is_module_or_none(value) for name, value in members.items())
+
+
+def _is_module_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, nn.Module)
+
+
+def _class_of(module: nn.Module) -> str:
+    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
+
+
+def _check_scalable(model: nn.Module) -> None:
+    uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
+    calls = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for name, block in _blocks_without_gates(model):
+        gated = GATED.get(type(block))
+        if gated is None:
+            continue
+        probe = copy.copy(block)
+        probe.__class__ = gated
+        assert isinstance(probe, ResidualBlock)
+        for gate in probe.gate_names:
+            for path in probe.branch_scale(gate):
+                owner = block.get_submodule(path.rpartition(".")[0])
+                tensor = {**owner._parameters, **owner._buffers}.get(path.rpartition(".")[2])
+                if tensor is None or is_parametrized(owner):
+                    raise InputError(f"{_class_of(block)}: {path} of {name} is parametrised and cannot be scaled")
+                if uses[id(tensor)] > 1 or calls[id(block)] > 1:
+                    raise InputError(f"{_class_of(block)}: {path} of {name} is shared and cannot be scaled for one")
+
+
+def _check_no_gate_is_lost(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, *args: Any
+) -> None:
+    """Refuse weights in which some blocks have survival probabilities and others lost theirs.
+
+    Weights without any count as p = 1.
+    """
+    gates = [
+        (f"{prefix}{name}.", f"{prefix}{name}.{gate}.survival_prob")
+        for name, block in residual_blocks(model)
+        for gate in block.gate_names
+    ]
+    held = [(block, key) for block, key in gates if any(name.startswith(block) for name in state_dict)]
+    lacking = [key for _, key in held if key not in state_dict]
+    if lacking and len(lacking) < len(held):
+        args[-1].append(f"survival probabilities are missing for {', '.join(lacking)} and there for the others")
