@@ -14,6 +14,7 @@ import sdzoo.sd_resnet_cifar
 import sdzoo.sd_resnetv2_cifar  # noqa: F401  registers its models, as the others do
 from sdzoo.fold import fold
 from sdzoo.gate import fixed_gates, live_blocks, set_draw_probs
+from sdzoo.residual import compile_blocks
 from sdzoo.schedule import constant_depth, linear_decay, uniform
 from sdzoo.sd_resnet import to_timm
 from sdzoo.stochastic_depth import add_stochastic_depth
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_stochastic_depth",
     "benchmark",
+    "compile_blocks",
     "constant_depth",
     "evaluate",
     "export_onnx",

@@ -4,6 +4,7 @@ A block here is whatever adds branches to a shortcut; what its branches are, and
 is said by its subclasses (sdzoo/blocks.py, sdzoo/timm_blocks.py).
 """
 
+import inspect
 import zlib
 from collections.abc import Iterator
 from operator import attrgetter
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from sdzoo.errors import InputError
 from sdzoo.fold import check_evaluation, fold_batchnorms
-from sdzoo.gate import Gate, OpenGate, with_zero_gradients
+from sdzoo.gate import Gate, OpenGate, gates, with_zero_gradients
+
+RECOMPILE_LIMIT = 128  # shapes of blocks, times training, evaluation and dtypes
 
 Scale = dict[str, int]  # the power of c by which each tensor is multiplied so that a branch is multiplied by c
 
@@ -79,6 +82,12 @@ class ResidualBlock(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the branches, with the arguments of :func:`torch.compile`; the gates go on drawing outside."""
+        # All blocks of a class share its code, and with it torch's limit, beyond which it stops compiling in silence.
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            kwargs = {"recompile_limit": RECOMPILE_LIMIT, **kwargs}
+        else:  # before torch 2.8 there is one limit for all
+            config: Any = torch._dynamo.config
+            config.cache_size_limit = max(config.cache_size_limit, RECOMPILE_LIMIT)
         for name in self.compiled_methods:
             self.__dict__.pop(name, None)
             self.__dict__[name] = torch.compile(getattr(self, name), *args, **kwargs)
@@ -129,18 +138,18 @@ class ResidualBlock(nn.Module):
         """
         block = prefix[:-1] or "the block"
         held = [name for name in state_dict if name.startswith(prefix)]
-        gates = [name for name in self.gate_names if isinstance(getattr(self, name), Gate)]
-        if held and not gates and any(name[len(prefix) :] not in self.state_dict() for name in held):
+        gated = [name for name in self.gate_names if isinstance(getattr(self, name), Gate)]
+        if held and not gated and any(name[len(prefix) :] not in self.state_dict() for name in held):
             error_msgs.append(f"{block} is folded; these weights are not: load them into the model, then fold it")
-        elif held and gates:
-            scales = {gate: self.branch_scale(gate) for gate in gates}
+        elif held and gated:
+            scales = {gate: self.branch_scale(gate) for gate in gated}
             lacking = [name for scale in scales.values() for name in scale if prefix + name not in state_dict]
             if lacking:
                 error_msgs.append(
                     f"{block}: the weights hold {len(held)} of its tensors but not {', '.join(lacking)}, so its"
                     " evaluation function cannot be kept: load the whole block or nothing of it"
                 )
-                for gate in gates:
+                for gate in gated:
                     state_dict.pop(f"{prefix}{gate}.survival_prob", None)
             else:
                 assign = local_metadata.get("assign_to_params_buffers", False)
@@ -183,6 +192,7 @@ class OneBranchBlock(ResidualBlock):
     if TYPE_CHECKING:  # at run time TorchScript would trip over the annotations
         gate: Gate | OpenGate
         shortcut: Any
+        downsample: Any
         act: Any
 
     def branch(self, x: Tensor) -> Tensor:
@@ -270,6 +280,23 @@ class TwoBranchBlock(ResidualBlock):
         """Yield the parameters of the branch of ``gate``."""
         for name in self.branch_names[gate]:
             yield from getattr(self, name).parameters()
+
+
+def compile_blocks(model: nn.Module, **kwargs: Any) -> None:
+    """Compile what the blocks of ``model`` compute, in place, so that dropped ones still cost nothing.
+
+    Blocks of one shape share their compilation. Copies of the model are not compiled.
+
+    Args:
+        model: A model with gates.
+        kwargs: Those of :func:`torch.compile`.
+
+    Raises:
+        InputError: if the model has no gates.
+    """
+    gates(model)
+    for _, block in residual_blocks(model):
+        block.compile(**kwargs)
 
 
 def residual_blocks(model: nn.Module) -> list[tuple[str, ResidualBlock]]:

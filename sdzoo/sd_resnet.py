@@ -17,6 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from sdzoo.builder import build
+from sdzoo.gate import gates
 from sdzoo.stochastic_depth import add_gates, remove_gates
 
 PREFIX = "sd_"
@@ -71,9 +72,10 @@ def to_timm(model: nn.Module) -> nn.Module:
     Raises:
         InputError: if ``model`` is in training mode, has no gates, or has blocks that timm does not have.
     """
-    stock = copy.deepcopy(model)
+    gates(model)
+    stock: Any = copy.deepcopy(model)
     remove_gates(stock)
-    if isinstance(stock, SDResNet):
+    if type(model) is SDResNet:
         stock.__class__ = ResNet
         name = str(stock.pretrained_cfg["architecture"]).removeprefix(PREFIX)
         stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": name}

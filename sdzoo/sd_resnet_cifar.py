@@ -79,7 +79,7 @@ class SDResNeXtCifar(CifarResNet):
 
     def block(self, in_chans: int, out_chans: int, stride: int, act: Any, norm: Any, **kwargs: Any) -> nn.Module:
         """Return timm's bottleneck."""
-        dd = {name: kwargs.get(name) for name in ("device", "dtype")}
+        dd: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
         project = stride != 1 or in_chans != out_chans
         shortcut = downsample_conv(in_chans, out_chans, 1, stride, norm_layer=norm, **dd) if project else None
         return Bottleneck(in_chans, out_chans // 4, stride, shortcut, act_layer=act, norm_layer=norm, **kwargs)

@@ -18,11 +18,11 @@ from sdzoo.errors import InputError
 from sdzoo.gate import Gate
 from sdzoo.residual import ResidualBlock, residual_blocks
 from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, resolve_survival_probs
-from sdzoo.timm_blocks import GATED, become_gated, become_stock, drop_timms_drop_path, is_residual
+from sdzoo.timm_blocks import GATED, become_gated, become_stock, class_name, drop_timms_drop_path, is_residual
 
 Model = TypeVar("Model", bound=nn.Module)
 
-KNOWN = ", ".join(f"{block.__module__.rpartition('.')[2]}.{block.__name__}" for block in GATED)
+KNOWN = ", ".join(map(class_name, GATED))
 
 
 def add_gates(
@@ -112,7 +112,7 @@ def remove_gates(model: nn.Module) -> None:
         block.absorb_gates_()
         become_stock(block)
     for key, hook in list(model._load_state_dict_pre_hooks.items()):
-        if hook.hook is _check_no_gate_is_lost:
+        if getattr(hook, "hook", None) is _check_no_gate_is_lost:
             del model._load_state_dict_pre_hooks[key]
 
 
@@ -127,7 +127,7 @@ def _blocks_without_gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if isinstance(module, ResidualBlock) or (type(module) in GATED and is_residual(module))
     ]
-    unknown = sorted({_class_of(module) for module in model.modules() if _is_unknown_residual(module)})
+    unknown = sorted({class_name(type(module)) for module in model.modules() if _is_unknown_residual(module)})
     if unknown or not found:
         what = f"residual blocks of unknown class: {', '.join(unknown)}" if unknown else "no residual block"
         raise InputError(f"{type(model).__name__} has {what}; known are {KNOWN}")
@@ -146,28 +146,22 @@ def _is_module_or_none(value: Any) -> bool:
     return value is None or isinstance(value, nn.Module)
 
 
-def _class_of(module: nn.Module) -> str:
-    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
-
-
 def _check_scalable(model: nn.Module) -> None:
     uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
-    calls = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, block in _blocks_without_gates(model):
-        gated = GATED.get(type(block))
-        if gated is None:
-            continue
+        if type(block) not in GATED:
+            continue  # sdzoo's own: checked when it was made
         probe = copy.copy(block)
-        probe.__class__ = gated
+        probe.__class__ = GATED[type(block)]
         assert isinstance(probe, ResidualBlock)
-        for gate in probe.gate_names:
-            for path in probe.branch_scale(gate):
-                owner = block.get_submodule(path.rpartition(".")[0])
-                tensor = {**owner._parameters, **owner._buffers}.get(path.rpartition(".")[2])
-                if tensor is None or is_parametrized(owner):
-                    raise InputError(f"{_class_of(block)}: {path} of {name} is parametrised and cannot be scaled")
-                if uses[id(tensor)] > 1 or calls[id(block)] > 1:
-                    raise InputError(f"{_class_of(block)}: {path} of {name} is shared and cannot be scaled for one")
+        for path in (path for gate in probe.gate_names for path in probe.branch_scale(gate)):
+            owner, tensor_name = block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            tensor = {**owner._parameters, **owner._buffers}.get(tensor_name)
+            fault = (
+                "parametrised" if tensor is None or is_parametrized(owner) else "shared" if uses[id(tensor)] > 1 else ""
+            )
+            if fault:
+                raise InputError(f"{class_name(type(block))}: {path} of {name} is {fault}, so that it cannot be scaled")
 
 
 def _check_no_gate_is_lost(

@@ -6,7 +6,7 @@ divided by c, so that its output stays as it was.
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from timm.layers import (
     Attention,
@@ -93,18 +93,25 @@ def _weight_and_bias(module: nn.Module, name: str) -> Scale:
 
 
 def _cannot_scale(block: nn.Module, name: str, module: nn.Module) -> InputError:
-    return InputError(
-        f"{_stock_name(block)}: its branch ends in {type(module).__name__} ({name}), which cannot be multiplied exactly"
-    )
+    stock = class_name(_stock(block))
+    return InputError(f"{stock}: its branch ends in {type(module).__name__} ({name}), which cannot be scaled exactly")
 
 
-def _stock_name(block: nn.Module) -> str:
-    stock = type(block) if type(block) in GATED else next(t for t, gated in GATED.items() if gated is type(block))
-    return f"{stock.__module__.rpartition('.')[2]}.{stock.__name__}"
+def _stock(block: nn.Module) -> type[nn.Module]:
+    return next(stock for stock, gated in GATED.items() if gated is type(block))
+
+
+def class_name(block: type[nn.Module]) -> str:
+    """Return how errors name a class: ``resnet.Bottleneck``."""
+    return f"{block.__module__.rpartition('.')[2]}.{block.__name__}"
 
 
 class _ResNetBlock(OneBranchBlock):
     last_norm: ClassVar[str]
+
+    if TYPE_CHECKING:
+        aa: Any
+        se: Any
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Return the shortcut of ``x``."""
@@ -183,6 +190,9 @@ class _PreActBlock(OneBranchBlock):
 
     act_name: ClassVar[str | None] = None
     last_conv: ClassVar[str]
+
+    if TYPE_CHECKING:
+        norm1: Any
 
     def entry(self, x: Tensor) -> Tensor:
         """Return the first norm of ``x`` if the shortcut projects it."""
@@ -401,4 +411,4 @@ def become_stock(block: ResidualBlock) -> None:
     """Make a gated block of timm's class again, in place: its branch counts in full."""
     for name in block.gate_names:
         delattr(block, name)
-    block.__class__ = next(stock for stock, gated in GATED.items() if gated is type(block))
+    block.__class__ = _stock(block)  # type: ignore[assignment]
