@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdzoo.branch_ends import Scale
 from sdzoo.errors import InputError
 from sdzoo.gate import Gate, OpenGate
-from sdzoo.residual import OneBranchBlock, Scale
+from sdzoo.residual import OneBranchBlock
 
 
 class PoolPadShortcut(nn.Module):

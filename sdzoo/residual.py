@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sdzoo.branch_ends import Scale
 from sdzoo.errors import InputError
 from sdzoo.fold import check_evaluation, fold_batchnorms
 from sdzoo.gate import Gate, OpenGate, gates, with_zero_gradients
 
 RECOMPILE_LIMIT = 128  # shapes of blocks, times training, evaluation and dtypes
-
-Scale = dict[str, int]  # the power of c by which each tensor is multiplied so that a branch is multiplied by c
 
 
 class ResidualBlock(nn.Module):

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from sdzoo.branch_ends import class_name
 from sdzoo.errors import InputError
 from sdzoo.gate import Gate
 from sdzoo.residual import ResidualBlock, residual_blocks
 from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, resolve_survival_probs
-from sdzoo.timm_blocks import GATED, become_gated, become_stock, class_name, drop_timms_drop_path, is_residual
+from sdzoo.timm_blocks import GATED, STOCK, become_gated, become_stock, drop_timms_drop_path, is_residual
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -106,7 +107,7 @@ def remove_gates(model: nn.Module) -> None:
         InputError: if a part of it is in training mode, or a block is sdzoo's own.
     """
     for name, block in residual_blocks(model):
-        if type(block) not in GATED.values():
+        if type(block) not in STOCK:
             raise InputError(f"{name} is sdzoo's own {type(block).__name__}: timm has no such block")
     for _, block in residual_blocks(model):
         block.absorb_gates_()

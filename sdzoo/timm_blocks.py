@@ -1,117 +1,23 @@
-"""timm's residual blocks with a gate: each keeps its class, its modules and the names of its weights.
+"""timm's residual blocks with gates: each keeps its modules, their names and, as a subclass, its class.
 
-For each known class: the branch as timm computes it, and by which tensors it scales. A norm, LayerScale or linear layer
-that ends the branch is multiplied by c; an attention that follows it reads the branch's mean, and what reads it is
-divided by c, so that its output stays as it was.
+The branch of each is written as timm computes it; the tests compare the two.
 """
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from timm.layers import (
-    Attention,
-    CecaModule,
-    Conv2dSame,
-    DiffAttention,
-    DropPath,
-    EcaModule,
-    EffectiveSEModule,
-    GlobalResponseNormMlp,
-    GluMlp,
-    GroupNorm,
-    GroupNorm1,
-    LayerNorm,
-    LayerNorm2d,
-    LayerScale,
-    Mlp,
-    RmsNorm,
-    RmsNorm2d,
-    SEModule,
-    SwiGLU,
-)
-from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d, SyncBatchNormAct
+from timm.layers import DropPath, LayerScale
 from timm.models import convnext, regnet, resnet, resnetv2, vision_transformer
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-from sdzoo.errors import InputError
+from sdzoo.branch_ends import Scale, attention_scale, linear_scale, norm_scale
 from sdzoo.gate import Gate
-from sdzoo.residual import OneBranchBlock, ResidualBlock, Scale, TwoBranchBlock
-
-# By type and not isinstance: a subclass may compute something else of the same weights.
-NORMS = (
-    *(nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.GroupNorm, nn.LayerNorm, GroupNorm, GroupNorm1),
-    *(LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d),
-)
-NORMS_WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d)
-LINEARS = (nn.Linear, nn.Conv2d, Conv2dSame)
-READS_THE_MEAN = {
-    SEModule: "fc1.weight",
-    EffectiveSEModule: "fc.weight",
-    EcaModule: "conv.weight",
-    CecaModule: "conv.weight",
-}
-ENDS_IN: dict[type[nn.Module], str] = {
-    Attention: "proj",
-    DiffAttention: "proj",
-    Mlp: "fc2",
-    GluMlp: "fc2",
-    SwiGLU: "fc2",
-    GlobalResponseNormMlp: "fc2",
-}
+from sdzoo.residual import OneBranchBlock, ResidualBlock, TwoBranchBlock
 
 
-def _affine(block: nn.Module, name: str) -> Scale:
-    norm = block.get_submodule(name)
-    linear_end = type(norm) in NORMS or (type(norm) in NORMS_WITH_ACT and isinstance(norm.act, nn.Identity))
-    if not linear_end or getattr(norm, "weight", None) is None:
-        raise _cannot_scale(block, name, norm)
-    return _weight_and_bias(norm, name)
-
-
-def _linear(block: nn.Module, name: str) -> Scale:
-    module = block.get_submodule(name)
-    if type(module) in ENDS_IN:
-        return _linear(block, f"{name}.{ENDS_IN[type(module)]}")
-    if type(module) not in LINEARS:
-        raise _cannot_scale(block, name, module)
-    return _weight_and_bias(module, name)
-
-
-def _attention(block: nn.Module, name: str) -> Scale:
-    module = block._modules.get(name)
-    if module is None or isinstance(module, nn.Identity):
-        return {}
-    if type(module) not in READS_THE_MEAN:
-        raise _cannot_scale(block, name, module)
-    return {f"{name}.{READS_THE_MEAN[type(module)]}": -1}
-
-
-def _weight_and_bias(module: nn.Module, name: str) -> Scale:
-    return {f"{name}.{part}": 1 for part in ("weight", "bias") if getattr(module, part, None) is not None}
-
-
-def _cannot_scale(block: nn.Module, name: str, module: nn.Module) -> InputError:
-    stock = class_name(_stock(block))
-    return InputError(f"{stock}: its branch ends in {type(module).__name__} ({name}), which cannot be scaled exactly")
-
-
-def _stock(block: nn.Module) -> type[nn.Module]:
-    return next(stock for stock, gated in GATED.items() if gated is type(block))
-
-
-def class_name(block: type[nn.Module]) -> str:
-    """Return how errors name a class: ``resnet.Bottleneck``."""
-    return f"{block.__module__.rpartition('.')[2]}.{block.__name__}"
-
-
-class _ResNetBlock(OneBranchBlock):
-    last_norm: ClassVar[str]
-
-    if TYPE_CHECKING:
-        aa: Any
-        se: Any
+class _Projected(OneBranchBlock):
+    """The shortcut is ``downsample`` if there is one."""
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Return the shortcut of ``x``."""
@@ -119,16 +25,34 @@ class _ResNetBlock(OneBranchBlock):
             x = self.downsample(x)
         return x
 
-    def branch_scale(self, gate: str = "gate") -> Scale:
-        """Return the affine of the last norm, and the inverse for what the attention after it reads."""
-        return {**_affine(self, self.last_norm), **_attention(self, "se")}
+
+class _EndsInAct3(_Projected):
+    act_name: ClassVar[str | None] = "act3"
+
+    if TYPE_CHECKING:
+        act3: Any
+
+    def act(self, x: Tensor) -> Tensor:
+        """Return the activation of the sum."""
+        return self.act3(x)
 
 
-class GatedBasicBlock(_ResNetBlock, resnet.BasicBlock):
+class _EndsInSum(OneBranchBlock):
+    act_name: ClassVar[str | None] = None
+
+    def act(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+
+class GatedBasicBlock(_Projected, resnet.BasicBlock):
     """timm's ``resnet.BasicBlock`` with a gate."""
 
-    last_norm: ClassVar[str] = "bn2"
     act_name: ClassVar[str | None] = "act2"
+
+    if TYPE_CHECKING:
+        aa: Any
+        se: Any
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of ``x``, unweighted."""
@@ -142,12 +66,17 @@ class GatedBasicBlock(_ResNetBlock, resnet.BasicBlock):
         """Return the activation of the sum."""
         return self.act2(x)
 
+    def branch_scale(self, gate: str = "gate") -> Scale:
+        """Return the affine of the last norm, and the inverse for what the attention after it reads."""
+        return {**norm_scale(self, "bn2"), **attention_scale(self, "se")}
 
-class GatedBottleneck(_ResNetBlock, resnet.Bottleneck):
+
+class GatedBottleneck(_EndsInAct3, resnet.Bottleneck):
     """timm's ``resnet.Bottleneck`` with a gate."""
 
-    last_norm: ClassVar[str] = "bn3"
-    act_name: ClassVar[str | None] = "act3"
+    if TYPE_CHECKING:
+        aa: Any
+        se: Any
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of ``x``, unweighted."""
@@ -158,74 +87,27 @@ class GatedBottleneck(_ResNetBlock, resnet.Bottleneck):
             x = self.se(x)
         return x
 
-    def act(self, x: Tensor) -> Tensor:
-        """Return the activation of the sum."""
-        return self.act3(x)
+    def branch_scale(self, gate: str = "gate") -> Scale:
+        """Return the affine of the last norm, and the inverse for what the attention after it reads."""
+        return {**norm_scale(self, "bn3"), **attention_scale(self, "se")}
 
 
-class GatedRegNetBottleneck(OneBranchBlock, regnet.Bottleneck):
+class GatedRegNetBottleneck(_EndsInAct3, regnet.Bottleneck):
     """timm's ``regnet.Bottleneck`` with a gate."""
-
-    act_name: ClassVar[str | None] = "act3"
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of ``x``, unweighted."""
         return self.conv3(self.se(self.conv2(self.conv1(x))))
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Return the shortcut of ``x``."""
-        return self.downsample(x)
-
-    def act(self, x: Tensor) -> Tensor:
-        """Return the activation of the sum."""
-        return self.act3(x)
-
     def branch_scale(self, gate: str = "gate") -> Scale:
         """Return the affine of the last norm."""
-        return _affine(self, "conv3.bn")
+        return norm_scale(self, "conv3.bn")
 
 
-class _PreActBlock(OneBranchBlock):
-    """``shortcut(x) + branch(x)``; a projecting shortcut reads the first norm too, which then always runs."""
-
-    act_name: ClassVar[str | None] = None
-    last_conv: ClassVar[str]
-
-    if TYPE_CHECKING:
-        norm1: Any
-
-    def entry(self, x: Tensor) -> Tensor:
-        """Return the first norm of ``x`` if the shortcut projects it."""
-        if self.downsample is not None:
-            x = self.norm1(x)
-        return x
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Return the shortcut of the block's entry."""
-        if self.downsample is not None:
-            x = self.downsample(x)
-        return x
-
-    def act(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
-        return x
-
-    def branch_scale(self, gate: str = "gate") -> Scale:
-        """Return the last convolution."""
-        return _linear(self, self.last_conv)
-
-    def branch_parameters(self, gate: str = "gate") -> Iterator[nn.Parameter]:
-        """Yield the parameters of the branch; the first norm belongs to it if the shortcut does not read it."""
-        for name, child in self.named_children():
-            if name != "downsample" and (name != "norm1" or self.downsample is None):
-                yield from child.parameters()
-
-
-class GatedRegNetPreBottleneck(OneBranchBlock, regnet.PreBottleneck):
+class GatedRegNetPreBottleneck(_Projected, _EndsInSum, regnet.PreBottleneck):
     """timm's ``regnet.PreBottleneck`` with a gate; its shortcut always reads the first norm."""
 
     shortcut_names: ClassVar[tuple[str, ...]] = ("downsample", "norm1")
-    act_name: ClassVar[str | None] = None
 
     def entry(self, x: Tensor) -> Tensor:
         """Return the first norm of ``x``."""
@@ -236,23 +118,32 @@ class GatedRegNetPreBottleneck(OneBranchBlock, regnet.PreBottleneck):
         x = self.se(self.conv2(self.norm2(self.conv1(x))))
         return self.conv3(self.norm3(x))
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Return the shortcut of the block's entry."""
-        return self.downsample(x)
-
-    def act(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
-        return x
-
     def branch_scale(self, gate: str = "gate") -> Scale:
         """Return the last convolution."""
-        return _linear(self, "conv3")
+        return linear_scale(self, "conv3")
+
+
+class _PreActBlock(_Projected, _EndsInSum):
+    """``shortcut(x) + branch(x)``; a projecting shortcut reads the first norm too, which then always runs."""
+
+    if TYPE_CHECKING:
+        norm1: Any
+
+    def entry(self, x: Tensor) -> Tensor:
+        """Return the first norm of ``x`` if the shortcut projects it, else ``x``."""
+        if self.downsample is not None:
+            x = self.norm1(x)
+        return x
+
+    def branch_parameters(self, gate: str = "gate") -> Iterator[nn.Parameter]:
+        """Yield the parameters of the branch; the first norm belongs to it if the shortcut does not read it."""
+        for name, child in self.named_children():
+            if name != "downsample" and (name != "norm1" or self.downsample is None):
+                yield from child.parameters()
 
 
 class GatedPreActBasic(_PreActBlock, resnetv2.PreActBasic):
     """timm's ``resnetv2.PreActBasic`` with a gate."""
-
-    last_conv: ClassVar[str] = "conv2"
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of the block's entry, unweighted."""
@@ -260,11 +151,13 @@ class GatedPreActBasic(_PreActBlock, resnetv2.PreActBasic):
             x = self.norm1(x)
         return self.conv2(self.norm2(self.conv1(x)))
 
+    def branch_scale(self, gate: str = "gate") -> Scale:
+        """Return the last convolution."""
+        return linear_scale(self, "conv2")
+
 
 class GatedPreActBottleneck(_PreActBlock, resnetv2.PreActBottleneck):
     """timm's ``resnetv2.PreActBottleneck`` with a gate."""
-
-    last_conv: ClassVar[str] = "conv3"
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of the block's entry, unweighted."""
@@ -272,37 +165,26 @@ class GatedPreActBottleneck(_PreActBlock, resnetv2.PreActBottleneck):
             x = self.norm1(x)
         return self.conv3(self.norm3(self.conv2(self.norm2(self.conv1(x)))))
 
+    def branch_scale(self, gate: str = "gate") -> Scale:
+        """Return the last convolution."""
+        return linear_scale(self, "conv3")
 
-class GatedResNetV2Bottleneck(OneBranchBlock, resnetv2.Bottleneck):
+
+class GatedResNetV2Bottleneck(_EndsInAct3, resnetv2.Bottleneck):
     """timm's ``resnetv2.Bottleneck``, which is not pre-activation, with a gate."""
-
-    act_name: ClassVar[str | None] = "act3"
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of ``x``, unweighted."""
-        x = self.norm1(self.conv1(x))
-        x = self.norm2(self.conv2(x))
+        x = self.norm2(self.conv2(self.norm1(self.conv1(x))))
         return self.norm3(self.conv3(x))
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Return the shortcut of ``x``."""
-        if self.downsample is not None:
-            x = self.downsample(x)
-        return x
-
-    def act(self, x: Tensor) -> Tensor:
-        """Return the activation of the sum."""
-        return self.act3(x)
 
     def branch_scale(self, gate: str = "gate") -> Scale:
         """Return the affine of the last norm."""
-        return _affine(self, "norm3")
+        return norm_scale(self, "norm3")
 
 
-class GatedConvNeXtBlock(OneBranchBlock, convnext.ConvNeXtBlock):
+class GatedConvNeXtBlock(_EndsInSum, convnext.ConvNeXtBlock):
     """timm's ``ConvNeXtBlock`` with a gate."""
-
-    act_name: ClassVar[str | None] = None
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch of ``x``, unweighted."""
@@ -315,13 +197,9 @@ class GatedConvNeXtBlock(OneBranchBlock, convnext.ConvNeXtBlock):
             x = x.mul(self.gamma.reshape(1, -1, 1, 1))
         return x
 
-    def act(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
-        return x
-
     def branch_scale(self, gate: str = "gate") -> Scale:
         """Return LayerScale's gamma if there is one, else the last linear layer."""
-        return {"gamma": 1} if self.gamma is not None else _linear(self, "mlp")
+        return {"gamma": 1} if self.gamma is not None else linear_scale(self, "mlp")
 
 
 class GatedBlock(TwoBranchBlock, vision_transformer.Block):
@@ -343,7 +221,8 @@ class GatedBlock(TwoBranchBlock, vision_transformer.Block):
     def branch_scale(self, gate: str = "gate1") -> Scale:
         """Return LayerScale's gamma if there is one, else the last linear layer."""
         _, linear, layer_scale = self.branch_names[gate]
-        return {f"{layer_scale}.gamma": 1} if type(getattr(self, layer_scale)) is LayerScale else _linear(self, linear)
+        has_gamma = type(getattr(self, layer_scale)) is LayerScale
+        return {f"{layer_scale}.gamma": 1} if has_gamma else linear_scale(self, linear)
 
 
 class GatedResPostBlock(TwoBranchBlock, vision_transformer.ResPostBlock):
@@ -361,7 +240,7 @@ class GatedResPostBlock(TwoBranchBlock, vision_transformer.ResPostBlock):
 
     def branch_scale(self, gate: str = "gate1") -> Scale:
         """Return the affine of the last norm."""
-        return _affine(self, self.branch_names[gate][-1])
+        return norm_scale(self, self.branch_names[gate][-1])
 
 
 GATED: dict[type[nn.Module], type[ResidualBlock]] = {
@@ -376,7 +255,8 @@ GATED: dict[type[nn.Module], type[ResidualBlock]] = {
     vision_transformer.Block: GatedBlock,
     vision_transformer.ResPostBlock: GatedResPostBlock,
 }
-for _gated in GATED.values():
+STOCK = {gated: stock for stock, gated in GATED.items()}
+for _gated in STOCK:
     register_notrace_module(_gated)  # tracing into it would freeze one draw of its gate
 
 
@@ -411,4 +291,4 @@ def become_stock(block: ResidualBlock) -> None:
     """Make a gated block of timm's class again, in place: its branch counts in full."""
     for name in block.gate_names:
         delattr(block, name)
-    block.__class__ = _stock(block)  # type: ignore[assignment]
+    block.__class__ = STOCK[type(block)]  # type: ignore[assignment]

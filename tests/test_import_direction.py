@@ -17,7 +17,7 @@ ROOT = Path(sdzoo.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "files", "schedule", "extras"},
     {"digest", "gate", "parity", "calibration"},
-    {"fold", "residual", "blocks", "timm_blocks", "stochastic_depth", "survival"},
+    {"branch_ends", "fold", "residual", "blocks", "timm_blocks", "stochastic_depth", "survival"},
     {"weights", "images", "assets", "registry", "description", "builder"},
     {"cifar_resnet", "sd_resnet_cifar", "sd_resnetv2_cifar", "sd_resnet"},
     {"training", "deploy"},
