@@ -15,7 +15,7 @@ import sdzoo.sd_resnetv2_cifar  # noqa: F401  registers its models, as the other
 from sdzoo.fold import fold
 from sdzoo.gate import fixed_gates, live_blocks, set_draw_probs
 from sdzoo.residual import compile_blocks
-from sdzoo.schedule import constant_depth, linear_decay, uniform
+from sdzoo.schedule import budget, constant_depth, linear_decay, stagewise, uniform, warm_up
 from sdzoo.sd_resnet import to_timm
 from sdzoo.stochastic_depth import add_stochastic_depth
 from sdzoo.survival import set_survival, survival_probs
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_stochastic_depth",
     "benchmark",
+    "budget",
     "compile_blocks",
     "constant_depth",
     "evaluate",
@@ -41,10 +42,12 @@ __all__ = [
     "load_predictor",
     "set_draw_probs",
     "set_survival",
+    "stagewise",
     "survival_probs",
     "to_timm",
     "train",
     "uniform",
+    "warm_up",
 ]
 
 # Imported when first asked for, so that ``import sdzoo`` costs little more than ``import timm``.

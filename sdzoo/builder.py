@@ -54,8 +54,8 @@ def _leave_survival_to_the_weights(kwargs: dict[str, Any]) -> None:
     given = {name for name in SURVIVAL_SETTINGS if kwargs.get(name) is not None}
     from_config = {name for name in given if name in saved and kwargs[name] == saved[name]}
     asked = given - from_config
-    if asked and kwargs.get("schedule") == "constant_depth" and "schedule" in from_config:
-        del kwargs["schedule"]  # no constant depth has a rate or probabilities of its own
+    if asked and "schedule" in from_config and kwargs["schedule"] in ("constant_depth", "stagewise"):
+        del kwargs["schedule"]  # a rate or probabilities of one's own make another schedule of these
         from_config.discard("schedule")
     for name in from_config:
         if not asked or "survival_probs" in asked or name == "survival_probs":

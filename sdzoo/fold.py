@@ -34,13 +34,13 @@ class ScaleShift(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, act: nn.Module) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)
+        self.weight = nn.Parameter(weight[:, None, None])
+        self.bias = nn.Parameter(bias[:, None, None])
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` for ``x`` ``(B, C, H, W)``."""
-        return self.act(x * self.weight[:, None, None] + self.bias[:, None, None])
+        return self.act(x * self.weight + self.bias)
 
 
 def fuse_conv_bn(conv: nn.Module, bn: nn.Module) -> nn.Conv2d:

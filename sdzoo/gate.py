@@ -241,6 +241,8 @@ def set_draw_probs(model: nn.Module, probs: Sequence[float] | None) -> None:
         InputError: if there is not one number in (0, 1] per gate; nothing has changed then.
     """
     found = gates(model)
-    checked = [None] * len(found) if probs is None else check_survival_probs(probs, len(found), "set_draw_probs")
+    checked = (
+        [None] * len(found) if probs is None else check_survival_probs(probs, len(found), "set_draw_probs", "gates")
+    )
     for gate, prob in zip(found, checked, strict=True):
         gate.draw_prob = prob

@@ -31,7 +31,7 @@ def set_survival(model: nn.Module, probs: Sequence[float]) -> None:
     Raises:
         InputError: if there is not one number in (0, 1] per gate; nothing has changed then.
     """
-    probs = check_survival_probs(probs, len(gates(model)), "set_survival")
+    probs = check_survival_probs(probs, len(gates(model)), "set_survival", "gates")
     branches = [(block, gate) for _, block in residual_blocks(model) for gate in block.gate_names]
     for (block, gate), p in zip(branches, probs, strict=True):
         block.set_survival_prob(p, gate)

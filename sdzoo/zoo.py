@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdzoo import weights
 from sdzoo.errors import InputError
-from sdzoo.images import input_config
-from sdzoo.registry import PATTERN, check_name, tags
-from sdzoo.survival import survival_probs
+from sdzoo.gate import Gate, fixed_gates, gates
+from sdzoo.registry import check_name, models, tags
 from sdzoo.training.checkpoint import load_model
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model is made of; MACs are multiply-accumulates of one image in evaluation."""
+    """What a model is made of; MACs are multiply-accumulates of one image in evaluation.
+
+    ``training_macs`` are those of its forward in training, on average: a dropped branch costs nothing.
+    """
 
     name: str
     input_size: tuple[int, int, int]
     parameters: int
     macs: int
+    training_macs: float
     layers: int
     survival_probs: tuple[float, ...]
     weights: tuple[str, ...]
@@ -39,6 +48,11 @@ class Summary:
         """Blocks that a training step computes on average: the sum of the survival probabilities."""
         return sum(self.survival_probs)
 
+    @property
+    def bundled(self) -> tuple[str, ...]:
+        """Those of the weights that ship with sdzoo; the others are on the Hub."""
+        return tuple(name for name in self.weights if weights.path(name).is_file())
+
 
 def summarise(name: str) -> Summary:
     """Return what the model ``name`` is made of, with the default schedule (linear decay to 0.5).
@@ -47,25 +61,65 @@ def summarise(name: str) -> Summary:
         InputError: if there is no such model.
     """
     check_name(name)
-    model_name = name.partition(".")[0]
+    cfg = timm.models.get_pretrained_cfg(name)
+    assert cfg is not None
+    return replace(_measured(name.partition(".")[0], cfg.input_size, cfg.num_classes), name=name)
+
+
+@functools.cache
+def _measured(name: str, input_size: tuple[int, int, int], num_classes: int) -> Summary:
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        size = input_config(model)["input_size"]
-        model(torch.zeros(1, *size))
+        model = timm.create_model(name, num_classes=num_classes)
+        image = torch.zeros(1, *input_size)
+    blocks = [module for module in model.modules() if _gates_of(module)]
+    probs = [_gates_of(block)[0].read() for block in blocks]
+    macs, computed = _macs(model.eval(), image, blocks)
+    with fixed_gates(model.train(), [0] * len(gates(model))):
+        base, skipped = _macs(model, image, blocks)
     return Summary(
         name=name,
-        input_size=size,
+        input_size=input_size,
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=counter.get_total_flops() // 2,
+        macs=macs,
+        training_macs=base + sum(p * (a - b) for p, a, b in zip(probs, computed, skipped, strict=True)),
         layers=sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()),
-        survival_probs=tuple(survival_probs(model)),
-        weights=tuple(f"{model_name}.{tag}" for tag in tags(model_name)),
+        survival_probs=tuple(probs),
+        weights=tuple(f"{name}.{tag}" for tag in tags(name)),
     )
 
 
+def _gates_of(module: nn.Module) -> list[Gate]:
+    return [child for child in module.children() if isinstance(child, Gate)]
+
+
+def _macs(model: nn.Module, image: Tensor, blocks: Sequence[nn.Module]) -> tuple[int, list[int]]:
+    """Return the multiply-accumulates of a forward, and those inside each block."""
+    flops = dict.fromkeys(blocks, 0)
+
+    def enter(block: nn.Module, *_: object) -> None:
+        flops[block] -= counter.get_total_flops()
+
+    def leave(block: nn.Module, *_: object) -> None:
+        flops[block] += counter.get_total_flops()
+
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    with FlopCounterMode(display=False) as counter, _WithoutBatchNorm(), torch.no_grad():
+        model(image)
+    for hook in hooks:
+        hook.remove()
+    return counter.get_total_flops() // 2, [count // 2 for count in flops.values()]
+
+
+class _WithoutBatchNorm(TorchFunctionMode):
+    """Leaves BatchNorm out, of which nothing is counted: on the meta device it takes longer than all else."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is F.batch_norm else func(*args, **(kwargs or {}))
+
+
 def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = True) -> nn.Module:
-    """Return a model in evaluation mode: by name with the weights that ship, or from a checkpoint file.
+    """Return a model in evaluation mode: by name with its weights (on the Hub unless they ship), or from a file.
 
     Args:
         name_or_file: ``sd_resnet20``, ``sd_resnet20.cifar10_jpeg``, or a ``.safetensors`` or ``.pth`` file.
@@ -74,6 +128,7 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
 
     Raises:
         InputError: if there is no such model or file, the file is damaged or does not fit, or there are no weights.
+        OSError: if the weights are on the Hub and cannot be fetched.
     """
     if Path(name_or_file).suffix in (".safetensors", ".pth", ".pt", ".tar", ".onnx") or Path(name_or_file).is_file():
         return load_model(name_or_file, arch)
@@ -86,6 +141,13 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
     check_name(name_or_file)
     pretrained = bool(tags(name_or_file.partition(".")[0]))
     if need_weights and not pretrained:
-        with_weights = ", ".join(timm.list_pretrained(PATTERN))
-        raise InputError(f"{name_or_file} has no weights: give a checkpoint that you trained, or one of {with_weights}")
-    return timm.create_model(name_or_file, pretrained=pretrained).eval()
+        bundled = ", ".join(name for name in models(pretrained=True) if weights.path(name).is_file())
+        raise InputError(
+            f"{name_or_file} has no weights: give a checkpoint that you trained, or a model that has some: {bundled}, "
+            "and what else sdzoo list --pretrained shows"
+        )
+    try:
+        return timm.create_model(name_or_file, pretrained=pretrained).eval()
+    except OSError as error:
+        said = " ".join(str(error).split())
+        raise OSError(f"the weights of {name_or_file} cannot be fetched from the Hub: {said}") from None

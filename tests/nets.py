@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> 
         norm.momentum = 1.0
     model.train()
     with torch.no_grad(), sdzoo.fixed_gates(model, [1] * len(sdzoo.survival_probs(model))):
-        model(images.to(norms[0].weight.dtype))
+        model(images.to(next(model.parameters()).dtype))
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()

@@ -30,6 +30,7 @@ from sdzoo import weights
 from sdzoo.assets import pictures
 from sdzoo.cli import main
 from sdzoo.deploy import onnx_graph
+from sdzoo.registry import models
 
 BUNDLED = "sd_resnet20.cifar10_jpeg"
 COMMANDS = ["list", "info", "train", "eval", "predict", "export", "bench", "demo"]
@@ -217,12 +218,53 @@ def test_wrong_usage(capsys: Capture, argv: list[str], says: str) -> None:
 # list, info
 
 
+def table(out: str) -> dict[str, list[str]]:
+    """Return the rows of ``sdzoo list`` by model."""
+    rows = out.partition("\n\n")[0].splitlines()[1:]
+    return {row.split()[0]: row.split() for row in rows}
+
+
 def test_list_has_a_row_for_every_model(capsys: Capture) -> None:
-    rows = {line.split()[0]: line.split() for line in done(capsys, "list").splitlines()[1:8]}
-    assert rows.keys() == {f"sd_resnet{name}" for name in ("20", "32", "44", "56", "110", "152_cifar", "1202")}
-    assert rows["sd_resnet110"] == ["sd_resnet110", "1,727,962", "253", "M", "110", "54", "40.25", "-"]
-    assert rows["sd_resnet1202"][1] == "19,421,274"
-    assert BUNDLED in rows["sd_resnet20"]
+    assert list(table(done(capsys, "list"))) == models()
+
+
+def test_list_says_what_models_cost(capsys: Capture) -> None:
+    out = done(capsys, "list", "sd_resnet110", "sd_resnet?0")
+    rows = table(out)
+    expected = ["sd_resnet110", "32", "1,727,962", "253", "M", "189", "M", "110", "54", "40.25", "-"]
+    assert rows["sd_resnet110"] == expected
+    assert rows["sd_resnet20"][-1] == "cifar10_jpeg"
+    assert "live" in out.splitlines()[0]
+    assert "next: sdzoo info sd_resnet" in out
+
+
+def test_list_shows_those_that_match(capsys: Capture) -> None:
+    assert list(table(done(capsys, "list", "*resnet3*", "*110*"))) == models(["*resnet3*", "*110*"])
+
+
+@pytest.mark.parametrize("patterns", [[], ["sd_resnet2*"], [BUNDLED]])
+def test_list_shows_the_weights_that_ship(capsys: Capture, patterns: list[str]) -> None:
+    rows = table(done(capsys, "list", "--pretrained", *patterns))
+    assert list(rows) == models(patterns, pretrained=True)
+    assert rows[BUNDLED][2] == "269,722"
+    assert rows[BUNDLED][-3:] == ["ship", "with", "sdzoo"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["sd_resent110*"], '"sd_resent110*" matches no model; nearest: sd_resnet110'),
+        (["sd_resnet20", "nothing"], '"nothing" matches no model'),
+        (
+            ["--pretrained", "sd_resnet32"],
+            '"sd_resnet32" matches no model with weights; sdzoo list --pretrained shows those',
+        ),
+    ],
+)
+def test_list_of_nothing_is_refused_before_any_row(capsys: Capture, argv: list[str], says: str) -> None:
+    said = sdzoo_command(capsys, "list", *argv)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith(f"sdzoo: {says}")
 
 
 def test_info(capsys: Capture) -> None:
@@ -230,12 +272,35 @@ def test_info(capsys: Capture) -> None:
     for words in (
         "3 x 32 x 32",
         "1,727,962",
+        "252,887,680 for one image",
+        "188,618,709 on average (74.6%): a dropped branch costs nothing",
         "110",
         "54, of which 40.25",
-        "p_1 = 0.990741 to p_L = 0.500000",
+        "p_1 = 0.990741 to p_L = 0.500000, mean 0.745370",
         "none ship",
     ):
         assert words in out
+
+
+def test_info_draws_the_survival_probabilities(capsys: Capture) -> None:
+    lines = done(capsys, "info", "sd_resnet110").splitlines()
+    top = next(index for index, line in enumerate(lines) if line.startswith("1.0 "))
+    assert lines[top][5] == "█"
+    assert lines[top + 2] == "0.5 ┤" + 54 * "█"  # p_L = 0.5
+    assert re.fullmatch(r" +1 +block +54", lines[top + 5])
+    assert max(map(len, lines[top : top + 6])) <= 60
+
+
+@pytest.mark.parametrize(("encoding", "line"), [("ascii", "0.5 |" + 54 * "#"), ("utf-8", "0.5 ┤" + 54 * "█")])
+def test_info_draws_with_what_the_terminal_has(encoding: str, line: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "sdzoo", "info", "sd_resnet56"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    assert line in ended.stdout.decode(encoding).splitlines()
 
 
 @pytest.mark.parametrize("name", ["sd_resnet20", BUNDLED])
@@ -243,6 +308,7 @@ def test_info_of_a_model_with_weights_shows_their_card(capsys: Capture, name: st
     out, card = done(capsys, "info", name), weights.card(BUNDLED)
     assert f"{card['test_top1_percent']:.2f} %" in out
     assert card["data"] in out
+    assert out.count("1.0 ┤") == 2  # of the model, and of the weights
     assert str(weights.path(BUNDLED)) in out
     assert f"next: sdzoo predict IMAGE --model {BUNDLED}" in out
 

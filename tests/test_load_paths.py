@@ -361,8 +361,11 @@ def test_weights_that_lost_one_of_their_probabilities_are_refused(strict: bool) 
         timm.create_model("sd_resnet20").load_state_dict(state, strict=strict)
 
 
-def test_a_rate_for_a_folder_of_constant_depth_is_linear_decay(tmp_path: Path) -> None:
-    saved = timm.create_model("sd_resnet20", schedule="constant_depth").eval()
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "constant_depth"}, {"schedule": "stagewise", "survival_probs": [1.0, 0.8, 0.5]}]
+)
+def test_a_rate_for_a_folder_of_another_schedule_is_linear_decay(schedule: dict[str, Any], tmp_path: Path) -> None:
+    saved = timm.create_model("sd_resnet20", **schedule).eval()
     timm.models.save_for_hf(saved, str(tmp_path), safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, drop_path_rate=0.4).eval()
     assert sdzoo.survival_probs(loaded) == pytest.approx([1 - block / 9 * 0.4 for block in range(1, 10)], abs=1e-6)

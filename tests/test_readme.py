@@ -25,7 +25,7 @@ def test_the_table_of_models_is_what_the_models_are() -> None:
     assert set(rows) == set(models())
     for name, row in rows.items():
         s = summarise(name)
-        tags = ", ".join(f"`{weight.partition('.')[2]}`" for weight in s.weights)
+        tags = ", ".join(f"`{weight.partition('.')[2]}`" for weight in s.bundled)
         expected = [
             f"{s.parameters:,}",
             f"{s.macs / 1e6:,.0f} M",

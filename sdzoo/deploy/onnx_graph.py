@@ -1,6 +1,6 @@
 """A folded network as an ONNX graph.
 
-A folded network has half a dozen kinds of node, so they are written directly, each from its PyTorch call in the traced
+A folded network has a dozen kinds of node, so they are written directly, each from its PyTorch call in the traced
 graph: a 1202-layer network takes seconds, where torch's exporters take up to minutes (benchmarks/export_time.py). A
 call that is not in the tables below is refused by name.
 """
@@ -105,8 +105,51 @@ class _Writer:
         pads = torch.tensor([begin for begin, _ in pairs] + [end for _, end in pairs])
         return self.add("Pad", name, [x, self.constant(f"{name}.pads", pads)])
 
+    def pool2d(self, name: str, module: Any, x: str) -> str:
+        attributes: dict[str, int] = {"ceil_mode": int(module.ceil_mode)}
+        if isinstance(module, nn.AvgPool2d):
+            if module.divisor_override is not None:
+                raise InputError(f"{name}: a pooling that overrides its divisor cannot be exported")
+            attributes["count_include_pad"] = int(module.count_include_pad)
+        elif module.dilation not in (1, (1, 1)) or module.return_indices:
+            raise InputError(f"{name}: a pooling with dilation or indices cannot be exported")
+        sizes = {"kernel_shape": _pair(module.kernel_size), "strides": _pair(module.stride)}
+        op = "AveragePool" if isinstance(module, nn.AvgPool2d) else "MaxPool"
+        return self.add(op, name, [x], pads=_pair(module.padding) * 2, **sizes, **attributes)
+
+    def slices(self, name: str, x: str, index: tuple[Any, ...]) -> str:
+        if not all(isinstance(part, slice) for part in index):
+            raise InputError(f"{name}: only slices can be exported")
+        cut = [(axis, part) for axis, part in enumerate(index) if part != slice(None)]
+        columns = {
+            "starts": [part.start or 0 for _, part in cut],
+            "ends": [torch.iinfo(torch.int64).max if part.stop is None else part.stop for _, part in cut],
+            "axes": [axis for axis, _ in cut],
+            "steps": [part.step or 1 for _, part in cut],
+        }
+        return self.add(
+            "Slice",
+            name,
+            [x, *(self.constant(f"{name}.{key}", torch.tensor(column)) for key, column in columns.items())],
+        )
+
+    def mean(self, name: str, x: str, axes: tuple[int, ...], keepdim: bool = False) -> str:
+        return self.add(
+            "ReduceMean", name, [x, self.constant(f"{name}.axes", torch.tensor(axes))], keepdims=int(keepdim)
+        )
+
+    def sigmoid(self, name: str, x: str) -> str:
+        return self.add("Sigmoid", name, [x])
+
     def plus(self, name: str, a: str, b: str) -> str:
         return self.add("Add", name, [a, b])
+
+    def times(self, name: str, a: str, b: str) -> str:
+        return self.add("Mul", name, [a, b])
+
+
+def _pair(size: int | tuple[int, int]) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 MODULES: dict[type[nn.Module], Callable[..., str]] = {
@@ -115,6 +158,8 @@ MODULES: dict[type[nn.Module], Callable[..., str]] = {
     nn.ReLU: _Writer.relu,
     nn.Identity: _Writer.unchanged,
     nn.Dropout: _Writer.unchanged,
+    nn.MaxPool2d: _Writer.pool2d,
+    nn.AvgPool2d: _Writer.pool2d,
     nn.AdaptiveAvgPool2d: _Writer.global_pool,
     nn.AdaptiveMaxPool2d: _Writer.global_pool,
     nn.Flatten: _Writer.flatten,
@@ -123,7 +168,25 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., str]] = {
     F.avg_pool2d: _Writer.avg_pool2d,
     F.pad: _Writer.pad,
     operator.add: _Writer.plus,
+    operator.mul: _Writer.times,
+    operator.getitem: _Writer.slices,
 }
+METHODS: dict[str, Callable[..., str]] = {"mean": _Writer.mean, "sigmoid": _Writer.sigmoid}
+
+
+def _write(writer: _Writer, node: fx.Node, traced: fx.GraphModule, args: tuple[Any, ...]) -> str:
+    target: Any = node.target
+    if node.op == "get_attr":
+        return writer.constant(target, operator.attrgetter(target)(traced))
+    if node.op == "call_module":
+        module = traced.get_submodule(target)
+        name, args, kind, write = target, (module, *args), type(module).__name__, MODULES.get(type(module))
+    else:
+        name, kind = node.name, getattr(target, "__name__", target)
+        write = (METHODS if node.op == "call_method" else FUNCTIONS).get(target)
+    if write is None:
+        raise InputError(f"{kind} cannot be exported (at {node.name})")
+    return write(writer, name, *args, **node.kwargs)
 
 
 def onnx_graph(folded: nn.Module, input_size: tuple[int, int, int], output: str) -> onnx.ModelProto:
@@ -152,14 +215,7 @@ def onnx_graph(folded: nn.Module, input_size: tuple[int, int, int], output: str)
             shape = tuple(node.args[0].meta["tensor_meta"].shape[1:])
             writer.nodes[-1].output[0] = output
         else:
-            target = traced.get_submodule(node.target) if node.op == "call_module" else node.target
-            write = MODULES.get(type(target)) if node.op == "call_module" else FUNCTIONS.get(target)
-            if write is None:
-                kind = type(target).__name__ if node.op == "call_module" else getattr(target, "__name__", target)
-                raise InputError(f"{kind} cannot be exported (at {node.name})")
-            name = node.target if node.op == "call_module" else node.name
-            before = (name, target) if node.op == "call_module" else (name,)
-            names[node] = write(writer, *before, *map(named, node.args), **node.kwargs)
+            names[node] = _write(writer, node, traced, tuple(map(named, node.args)))
     graph = helper.make_graph(
         writer.nodes,
         "sdzoo",
