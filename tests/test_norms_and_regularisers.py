@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -48,7 +48,7 @@ def randomised(arch: str, seed: int = 0, **kwargs: Any) -> Net:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.ndim != 1 or not tensor.is_floating_point():
                 continue
-            if name.endswith("bias") or name.endswith("running_mean"):
+            if name.endswith(("bias", "running_mean")):
                 tensor.normal_(0, 0.2, generator=generator)
             else:
                 tensor.uniform_(0.5, 1.5, generator=generator)
@@ -144,9 +144,9 @@ def test_sync_batchnorm_converts_loads_evaluates_and_folds(arch: str) -> None:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
-            module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-    images, expected = random_images(2, size).double(), None
+            cast(Tensor, module.running_mean).normal_(0, 0.2)
+            cast(Tensor, module.running_var).uniform_(0.5, 2)
+    images = random_images(2, size).double()
     expected = evaluate(model, images)
     state = model.state_dict()
     synced: Net = convert_sync_batchnorm(timm.create_model(arch, schedule="uniform", drop_path_rate=0.2, **kwargs))

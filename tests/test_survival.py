@@ -62,7 +62,7 @@ def test_probabilities_are_given_in_their_shortest_decimals() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"survival_probs": [0.5] * 8}, "survival_probs has 8 entries; the model has 9 gates"),
+        ({"survival_probs": [0.5] * 8}, "survival_probs has 8 entries; the model has 9 blocks"),
         ({"survival_probs": [0.5] * 6 + [1.2] * 3}, r"survival_probs\[6\] is 1.2; each must lie in \(0, 1\]"),
         ({"survival_probs": [math.nan] * 9}, r"survival_probs\[0\] is nan"),
         ({"survival_probs": [0.5] * 9, "drop_path_rate": 0.5}, "give it without drop_path_rate and schedule"),
