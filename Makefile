@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test slow check clean
 
 demo: .venv/installed
 	$(BIN)/sdzoo demo -o demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -179,8 +179,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     from sdzoo.zoo import open_model, summarise
 
     model = open_model(arguments.model, arguments.arch, need_weights=False)
-    if not Path(arguments.model).is_file() and not summarise(arguments.model).weights:
-        print(f"{arguments.model} has no weights: timing it untrained")
+    if not Path(arguments.model).is_file() and not summarise(arguments.model).bundled:
+        print(f"no weights of {arguments.model} ship with sdzoo: timing it untrained")
         calibrate_batchnorm(model, verification_batches(input_config(model))[0][-1:])
     _print_timings(benchmark(model, runs=arguments.runs, threads=arguments.threads, progress=_progress))
 

@@ -124,7 +124,7 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
     Args:
         name_or_file: ``sd_resnet20``, ``sd_resnet20.cifar10_jpeg``, or a ``.safetensors`` or ``.pth`` file.
         arch: The model's name, for a file that does not say.
-        need_weights: Refuse a model without weights; else it is returned untrained.
+        need_weights: Refuse a model without weights; else it is untrained unless its weights ship.
 
     Raises:
         InputError: if there is no such model or file, the file is damaged or does not fit, or there are no weights.
@@ -139,7 +139,8 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
     if Path(name_or_file).name != name_or_file:
         raise InputError(f"{name_or_file} is neither a file nor a model")
     check_name(name_or_file)
-    pretrained = bool(tags(name_or_file.partition(".")[0]))
+    model = name_or_file.partition(".")[0]
+    pretrained = any(need_weights or weights.path(f"{model}.{tag}").is_file() for tag in tags(model))
     if need_weights and not pretrained:
         bundled = ", ".join(name for name in models(pretrained=True) if weights.path(name).is_file())
         raise InputError(

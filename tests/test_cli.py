@@ -629,7 +629,7 @@ def test_bench_prints_one_table(capsys: Capture) -> None:
 
 def test_bench_of_a_model_without_weights_says_so(capsys: Capture) -> None:
     out = done(capsys, "bench", "sd_resnet32", "--runs", 2, "--threads", 1)
-    assert out.startswith("sd_resnet32 has no weights: timing it untrained\n")
+    assert out.startswith("no weights of sd_resnet32 ship with sdzoo: timing it untrained\n")
 
 
 def test_bench_with_a_single_run(capsys: Capture) -> None:

@@ -163,7 +163,8 @@ def test_sync_batchnorm_converts_loads_evaluates_and_folds(arch: str) -> None:
 
 def sync_step(rank: int, seeds: tuple[int, int], planned: bool, store: str, results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = convert_sync_batchnorm(timm.create_model("sd_resnet20", schedule="uniform", drop_path_rate=0.5)).train()
+    model: Net = convert_sync_batchnorm(timm.create_model("sd_resnet20", schedule="uniform", drop_path_rate=0.5))
+    model.train()
     torch.manual_seed(seeds[rank])
     try:
         if planned:
