@@ -9,6 +9,20 @@ from sdzoo.errors import InputError
 from sdzoo.gate import MODES
 from sdzoo.images import INTERPOLATIONS
 
+# Arguments of a model that change what it computes, though its weights may keep names and shapes.
+ARCHITECTURE = (
+    *("act_layer", "avg_down", "base_width", "block_args", "block_reduce_first", "cardinality", "down_kernel_size"),
+    *(
+        "global_pool",
+        "norm_layer",
+        "output_stride",
+        "replace_stem_pool",
+        "shortcut",
+        "stem_type",
+        "stem_width",
+        "widths",
+    ),
+)
 MAX_CLASSES = 100_000
 MAX_SIDE = 4096
 
@@ -33,11 +47,20 @@ def check_description(description: Mapping[str, Any]) -> None:
         "crop_mode": lambda v: v in ("center", "squash", "border"),
         "mode": lambda v: v in MODES,
         "labels": lambda v: v is None or (_list(v) and all(isinstance(n, str) for n in v) and len(v) in labels_fit),
+        "model_kwargs": lambda v: isinstance(v, dict) and all(k in ARCHITECTURE and _plain(w) for k, w in v.items()),
         "survival_probs": lambda v: _list(v) and all(type(p) in (int, float) and 0 < p <= 1 for p in v),
     }
     for name, rule in rules.items():
         if name in description and not rule(description[name]):
             raise InputError(f"it describes its model wrongly: {name} is {str(description[name])[:80]!r}")
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and isinstance(item, (str, bool, int)) for key, item in value.items())
+    return isinstance(value, (str, bool)) or all(
+        type(n) is int and 0 < n <= MAX_SIDE for n in (value if _list(value) else [value])
+    )
 
 
 def _list(value: object) -> bool:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sdzoo.description import check_description
+from sdzoo.description import ARCHITECTURE, check_description
 from sdzoo.digest import state_sha256
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
@@ -34,6 +34,7 @@ FORMAT = "sdzoo-1"
 def describe(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return what is needed, beside the state dict, to build ``model`` again and to feed it pictures."""
     config = input_config(model)
+    created_with: dict[str, Any] = getattr(model, "_model_args", {})  # timm's record
     return {
         "format": FORMAT,
         "arch": model.pretrained_cfg["architecture"],  # type: ignore[index]
@@ -41,6 +42,7 @@ def describe(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
         "in_chans": model.in_chans,
         "labels": list(labels),
         "mode": gates(model)[0].mode,
+        "model_kwargs": {name: created_with[name] for name in ARCHITECTURE if name in created_with},
         **{name: config[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")},
     }
 
@@ -134,7 +136,12 @@ def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
     overlay |= {"input_size": tuple(description["input_size"])} if "input_size" in description else {}
     overlay |= {"label_names": tuple(description["labels"]), "tag": ""} if "labels" in description else {}
     given = {name: description[name] for name in ("num_classes", "in_chans", "mode") if name in description}
-    model = timm.create_model(str(arch), pretrained_cfg_overlay=overlay, **given)
+    try:
+        model = timm.create_model(
+            str(arch), pretrained_cfg_overlay=overlay, **given, **description.get("model_kwargs", {})
+        )
+    except Exception as error:  # whatever a network makes of arguments that are not its own
+        raise InputError(f"{path} describes its model wrongly: {str(error).splitlines()[0]}") from None
     load_state(model, state, str(path))
     return model.eval()
 

@@ -23,7 +23,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdzoo.description import check_description
+from sdzoo.description import ARCHITECTURE, check_description
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 from sdzoo.gate import fixed_gates, gates, live_blocks
@@ -35,6 +35,8 @@ from sdzoo.training.evaluate import evaluate
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.streams import stream, stream_seed
 
+# What model_kwargs may hold beside the architecture, which checkpoints keep.
+MODEL_KWARGS = ("drop_block_rate", "in_chans", "mode", "pretrained_cfg", "schedule", "survival_probs", "zero_init_last")
 LOG_COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
@@ -313,6 +315,9 @@ def create_model(recipe: Recipe) -> nn.Module:
         name: getattr(recipe, name) for name in ("mean", "std", "interpolation", "crop_pct") if getattr(recipe, name)
     }
     keywords = {**given, "drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+    allowed = (*ARCHITECTURE, *MODEL_KWARGS)
+    if other := sorted(recipe.model_kwargs.keys() - set(allowed)):
+        raise InputError(f"model_kwargs holds {', '.join(other)}; allowed: {', '.join(sorted(allowed))}")
     if twice := sorted(keywords.keys() & recipe.model_kwargs.keys()):
         raise InputError(f"model_kwargs holds {', '.join(twice)}, which has a key of its own")
     try:

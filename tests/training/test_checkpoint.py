@@ -464,3 +464,21 @@ def test_a_flipped_byte_in_a_copy_of_the_bundled_weights_is_refused(tmp_path: Pa
     path = tmp_path / "copy.safetensors"
     path.write_bytes(content)
     assert "is damaged: sha256" in refused(lambda: load_model(path), path)
+
+
+def test_what_changes_the_function_but_no_key_comes_back(tmp_path: Path) -> None:
+    """No tensor tells of a subsampling shortcut or of another activation: the description does."""
+    saved = make_model(shortcut="subsample", act_layer="silu", global_pool="max")
+    save_weights(tmp_path / "weights.safetensors", saved, describe(saved, LABELS))
+    assert torch.equal(logits(saved), logits(load_model(tmp_path / "weights.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"pretrained": True}, {"checkpoint_path": "x.pth"}, {"widths": [10**9, 16, 16]}, {"shortcut": ["pool"]}, [1], "x"],
+)
+def test_a_strangers_model_kwargs_are_checked_before_anything_is_built(arguments: Any, tmp_path: Path) -> None:
+    saved = make_model()
+    save_weights(tmp_path / "weights.safetensors", saved, describe(saved, LABELS) | {"model_kwargs": arguments})
+    message = refused(lambda: load_model(tmp_path / "weights.safetensors"), tmp_path / "weights.safetensors")
+    assert "describes its model wrongly" in message

@@ -757,3 +757,9 @@ def test_the_optimizer_is_the_recipes(
     groups = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["optimizer"]["param_groups"]
     assert {group["momentum"] for group in groups} == {0.5}
     assert {group["weight_decay"] for group in groups} == decays
+
+
+@pytest.mark.parametrize("name", ["features_only", "checkpoint_path", "exportable", "nonsense"])
+def test_model_kwargs_that_are_not_the_architectures_are_refused(name: str, make_recipe: MakeRecipe) -> None:
+    with pytest.raises(InputError, match=f"model_kwargs holds {name}; allowed: act_layer, "):
+        create_model(make_recipe(model_kwargs={name: True}))
