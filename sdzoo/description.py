@@ -11,17 +11,9 @@ from sdzoo.images import INTERPOLATIONS
 
 # Arguments of a model that change what it computes, though its weights may keep names and shapes.
 ARCHITECTURE = (
-    *("act_layer", "avg_down", "base_width", "block_args", "block_reduce_first", "cardinality", "down_kernel_size"),
-    *(
-        "global_pool",
-        "norm_layer",
-        "output_stride",
-        "replace_stem_pool",
-        "shortcut",
-        "stem_type",
-        "stem_width",
-        "widths",
-    ),
+    *("shortcut", "widths", "act_layer", "norm_layer", "global_pool", "block_args", "cardinality", "base_width"),
+    *("stem_type", "stem_width", "replace_stem_pool", "block_reduce_first", "down_kernel_size", "avg_down"),
+    "output_stride",
 )
 MAX_CLASSES = 100_000
 MAX_SIDE = 4096
@@ -57,10 +49,10 @@ def check_description(description: Mapping[str, Any]) -> None:
 
 def _plain(value: object) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(key, str) and isinstance(item, (str, bool, int)) for key, item in value.items())
-    return isinstance(value, (str, bool)) or all(
-        type(n) is int and 0 < n <= MAX_SIDE for n in (value if _list(value) else [value])
-    )
+        return all(isinstance(key, str) and not isinstance(item, dict) and _plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(type(n) is int and _plain(n) for n in value)
+    return isinstance(value, (str, bool)) or (type(value) is int and 0 < value <= MAX_SIDE)
 
 
 def _list(value: object) -> bool:

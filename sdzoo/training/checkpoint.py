@@ -137,9 +137,8 @@ def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
     overlay |= {"label_names": tuple(description["labels"]), "tag": ""} if "labels" in description else {}
     given = {name: description[name] for name in ("num_classes", "in_chans", "mode") if name in description}
     try:
-        model = timm.create_model(
-            str(arch), pretrained_cfg_overlay=overlay, **given, **description.get("model_kwargs", {})
-        )
+        given |= description.get("model_kwargs", {})
+        model = timm.create_model(str(arch), pretrained_cfg_overlay=overlay, **given)
     except Exception as error:  # whatever a network makes of arguments that are not its own
         raise InputError(f"{path} describes its model wrongly: {str(error).splitlines()[0]}") from None
     load_state(model, state, str(path))

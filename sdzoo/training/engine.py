@@ -14,29 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import dispatch_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from sdzoo.description import ARCHITECTURE, check_description
+from sdzoo.description import check_description
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 from sdzoo.gate import fixed_gates, gates, live_blocks
 from sdzoo.images import input_config
-from sdzoo.registry import check_name
 from sdzoo.training.checkpoint import describe, load_state, read_checkpoint, save_run, save_weights
 from sdzoo.training.data import load_image_set, normaliser, training_batches
 from sdzoo.training.evaluate import evaluate
+from sdzoo.training.model import create_model
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.streams import stream, stream_seed
 
-# What model_kwargs may hold beside the architecture, which checkpoints keep.
-MODEL_KWARGS = ("drop_block_rate", "in_chans", "mode", "pretrained_cfg", "schedule", "survival_probs", "zero_init_last")
 LOG_COLUMNS: tuple[str, ...] = (
     "epoch",
     "step",
@@ -305,38 +302,6 @@ class _Run:
         load_state(self.model, state, str(self.last))
         self.optimizer.load_state_dict(rest["optimizer"])
         self.progress, self.rows = Progress(**rest["progress"]), rest["rows"]
-
-
-def create_model(recipe: Recipe) -> nn.Module:
-    """Return the model that ``recipe`` names, newly initialised or pretrained."""
-    check_name(recipe.model)
-    given: dict[str, Any] = {"num_classes": recipe.num_classes} if recipe.num_classes is not None else {}
-    overlay = {
-        name: getattr(recipe, name) for name in ("mean", "std", "interpolation", "crop_pct") if getattr(recipe, name)
-    }
-    keywords = {**given, "drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
-    allowed = (*ARCHITECTURE, *MODEL_KWARGS)
-    if other := sorted(recipe.model_kwargs.keys() - set(allowed)):
-        raise InputError(f"model_kwargs holds {', '.join(other)}; allowed: {', '.join(sorted(allowed))}")
-    if twice := sorted(keywords.keys() & recipe.model_kwargs.keys()):
-        raise InputError(f"model_kwargs holds {', '.join(twice)}, which has a key of its own")
-    try:
-        model = timm.create_model(
-            recipe.model,
-            pretrained=recipe.pretrained,
-            pretrained_cfg_overlay=overlay,
-            **keywords,
-            **recipe.model_kwargs,
-        )
-    except InputError:
-        raise
-    except (TypeError, RuntimeError, KeyError, ValueError, AssertionError) as error:
-        raise InputError(f"model, model_kwargs: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-    for name in ("mean", "std"):
-        values = getattr(recipe, name)
-        if values and len(values) != model.in_chans:
-            raise InputError(f"{name} has {len(values)} numbers, the model {model.in_chans} channels")
-    return model
 
 
 @contextmanager

@@ -28,8 +28,9 @@ import sdzoo
 from sdzoo.errors import InputError
 from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
 from sdzoo.training.data import load_image_set, normaliser, training_batches
-from sdzoo.training.engine import Diverged, Interrupted, create_model, train
+from sdzoo.training.engine import Diverged, Interrupted, train
 from sdzoo.training.evaluate import evaluate
+from sdzoo.training.model import create_model
 from sdzoo.training.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
