@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdzoo.branch_ends import Scale
-from sdzoo.errors import InputError
+from sdzoo.branch_ends import Scale, norm_scale
 from sdzoo.gate import Gate, OpenGate
 from sdzoo.residual import OneBranchBlock
 
@@ -51,9 +50,6 @@ class BasicBlock(OneBranchBlock):
         act_layer: Activation, in both places.
         norm_layer: Normalisation with an affine ``weight`` and ``bias``.
         shortcut: ``"pool"`` or ``"subsample"``, where the block halves the resolution.
-
-    Raises:
-        InputError: if the normalisation is not affine.
     """
 
     def __init__(
@@ -75,15 +71,13 @@ class BasicBlock(OneBranchBlock):
         self.act1 = act_layer(inplace=True)
         self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False, **dd)
         self.bn2 = norm_layer(out_chans, **dd)
-        if not all(isinstance(tensor, Tensor) for tensor in (self.bn2.weight, self.bn2.bias)):
-            raise InputError("norm_layer has no affine weight and bias, by which a change of p rescales the branch")
         self.gate = gate or OpenGate()
         self.shortcut = SHORTCUTS[shortcut](in_chans, out_chans) if grows else nn.Identity()
         self.act = act_layer(inplace=True)
 
     def branch_scale(self, gate: str = "gate") -> Scale:
         """Return the affine of the last norm."""
-        return {"bn2.weight": 1, "bn2.bias": 1}
+        return norm_scale(self, "bn2")
 
     def branch(self, x: Tensor) -> Tensor:
         """Return the residual branch ``(B, out_chans, H', W')`` of ``x``, unweighted."""

@@ -19,6 +19,7 @@ from timm.layers import (
     GroupNorm1,
     LayerNorm,
     LayerNorm2d,
+    LayerScale,
     Mlp,
     RmsNorm,
     RmsNorm2d,
@@ -74,6 +75,18 @@ def norm_scale(block: nn.Module, name: str) -> Scale:
     return _weight_and_bias(norm, name)
 
 
+def gamma_scale(block: nn.Module, name: str) -> Scale:
+    """Return gamma of the LayerScale ``name`` of ``block``.
+
+    Raises:
+        InputError: naming the classes, if it is none.
+    """
+    module = block.get_submodule(name)
+    if type(module) is not LayerScale:
+        raise _cannot_scale(block, name, module)
+    return {f"{name}.gamma": 1}
+
+
 def linear_scale(block: nn.Module, name: str) -> Scale:
     """Return weight and bias of the linear layer or convolution ``name`` of ``block``, or of the one that ends it.
 
@@ -107,6 +120,6 @@ def _weight_and_bias(module: nn.Module, name: str) -> Scale:
 
 
 def _cannot_scale(block: nn.Module, name: str, module: nn.Module) -> InputError:
-    stock = next(cls for cls in type(block).__mro__ if not cls.__module__.startswith("sdzoo."))
+    stock = next((cls for cls in type(block).__mro__ if cls.__module__.startswith("timm.")), type(block))
     kind = type(module).__name__
     return InputError(f"{class_name(stock)}: its branch ends in {kind} ({name}), which cannot be scaled exactly")

@@ -49,7 +49,7 @@ class Gate(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise InputError(f'mode is "{mode}"; known: {", ".join(MODES)}{nearest(str(mode), MODES)}')
-        self.p = _float32(survival_prob)
+        self.p = float32(survival_prob)
         self.mode = mode
         self.explicit = explicit
         self.draw_prob = None
@@ -59,7 +59,7 @@ class Gate(nn.Module):
 
     def set(self, survival_prob: float) -> None:
         """Set p, the float and the buffer, both to the nearest float32."""
-        self.p = _float32(survival_prob)
+        self.p = float32(survival_prob)
         self.survival_prob = torch.full((), self.p, dtype=torch.float32, device=self.survival_prob.device)
 
     def read(self) -> float:
@@ -122,7 +122,7 @@ class Gate(nn.Module):
         key, error_msgs = prefix + "survival_prob", args[-1]
         if key in state_dict:
             stored = state_dict[key]
-            p = _float32(float(stored)) if stored.numel() == 1 else math.nan
+            p = float32(float(stored)) if stored.numel() == 1 else math.nan
             if not 0 < p <= 1:
                 error_msgs.append(f"{key} is {stored.tolist()}; a survival probability must lie in (0, 1]")
                 p = self.read()
@@ -147,7 +147,7 @@ class OpenGate(nn.Module):
         return branch
 
 
-def _float32(number: float) -> float:
+def float32(number: float) -> float:
     """Return the nearest float32 number; infinity beyond its range."""
     if abs(number) > 2.0**128:
         return math.copysign(math.inf, number)

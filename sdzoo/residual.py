@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdzoo.branch_ends import Scale
 from sdzoo.errors import InputError
 from sdzoo.fold import check_evaluation, fold_batchnorms
-from sdzoo.gate import Gate, OpenGate, gates, with_zero_gradients
+from sdzoo.gate import Gate, OpenGate, float32, gates, with_zero_gradients
 
 RECOMPILE_LIMIT = 128  # shapes of blocks, times training, evaluation and dtypes
 
@@ -46,19 +46,29 @@ class ResidualBlock(nn.Module):
 
     @torch.no_grad()
     def scale_branch_(self, c: float, gate: str = "gate") -> None:
-        """Multiply the output of the branch of ``gate`` by ``c``, in place, exactly."""
-        for name, power in self.branch_scale(gate).items():
-            attrgetter(name)(self).mul_(c**power)
+        """Multiply the output of the branch of ``gate`` by ``c``, in place, exactly.
+
+        Raises:
+            InputError: if a weight would overflow; nothing has changed then.
+        """
+        tensors = {name: attrgetter(name)(self) for name in self.branch_scale(gate)}
+        scaled = {
+            name: _times(tensors[name], c**power, tensors[name].dtype)
+            for name, power in self.branch_scale(gate).items()
+        }
+        for name, tensor in tensors.items():
+            if _overflows(tensor, scaled[name]):
+                raise InputError(f"{name} overflows {tensor.dtype} when it is multiplied by {c:.3g}")
+            tensor.copy_(scaled[name])
 
     def set_survival_prob(self, p: float, gate: str = "gate") -> None:
         """Set the survival probability and rescale the branch, so that the evaluation function stays as it is."""
         own: Gate = getattr(self, gate)
-        self.branch_scale(gate)  # raises before anything has changed
-        p_old = own.read()
+        p_old, p_new = own.read(), float32(p)
+        if p_new != p_old:
+            self.scale_branch_(p_old / p_new, gate)
         own.set(p)
         own.draw_prob = None
-        if own.p != p_old:
-            self.scale_branch_(p_old / own.p, gate)
         own.explicit = True
 
     def absorb_gates_(self) -> None:
@@ -153,26 +163,40 @@ class ResidualBlock(nn.Module):
             else:
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 for gate, scale in scales.items():
-                    self._rescale(state_dict, prefix, gate, scale, assign)
+                    error_msgs.extend(self._rescale(state_dict, prefix, gate, scale, assign))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _rescale(self, state_dict: dict[str, Any], prefix: str, gate: str, scale: Scale, assign: bool) -> None:
+    def _rescale(self, state_dict: dict[str, Any], prefix: str, gate: str, scale: Scale, assign: bool) -> list[str]:
+        """Rescale what passes, in ``state_dict``, and return what is wrong with it."""
         own, key = getattr(self, gate), f"{prefix}{gate}.survival_prob"
         stored = state_dict.get(key, torch.ones(()))
         valid = stored.numel() == 1 and 0 < float(stored) <= 1  # else the gate reports it
         if not valid or not (key not in state_dict or own.explicit):
-            return
+            return []
         # Equal after rounding to the stored dtype is equal: a half-precision file holds p with three digits.
         p = own.read()
         same = float(torch.tensor(p, dtype=stored.dtype)) == float(stored)
         ratio = 1.0 if same else float(stored) / p
+        faults = []
         for name, power in scale.items():
             weight = state_dict[prefix + name]
             dtype = weight.dtype if assign else torch.promote_types(weight.dtype, attrgetter(name)(self).dtype)
-            state_dict[prefix + name] = (weight.double() * ratio**power).to(dtype) if ratio != 1 else weight
+            scaled = _times(weight, ratio**power, dtype) if ratio != 1 else weight
+            if _overflows(weight, scaled):
+                faults.append(f"{prefix}{name} overflows {dtype} when it is multiplied by {ratio:.3g}")
+            state_dict[prefix + name] = scaled
         state_dict[key] = torch.tensor(p, device=state_dict[prefix + next(iter(scale))].device)
+        return faults
+
+
+def _times(weight: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    return (weight.double() * factor).to(dtype)
+
+
+def _overflows(weight: Tensor, scaled: Tensor) -> bool:
+    return not weight.is_meta and bool((weight.isfinite() & ~scaled.isfinite()).any())
 
 
 class OneBranchBlock(ResidualBlock):

@@ -68,7 +68,7 @@ def budget(schedule: Sequence[float], mean: float, p_min: float = 0.05) -> list[
     """
     probs = check_survival_probs(schedule, source="the schedule of a budget")
     for name, value in (("mean", mean), ("p_min", p_min)):
-        if not _is_probability(value):
+        if not is_probability(value):
             raise InputError(f"{name} is {value!r}; it must lie in (0, 1]")
     mean, p_min = float(mean), float(p_min)
     most = 1 - p_min
@@ -103,7 +103,7 @@ def warm_up(probs: Sequence[float], epoch: float, warmup_epochs: float) -> list[
     """
     probs = check_survival_probs(probs, source="warm_up")
     for name, value in (("epoch", epoch), ("warmup_epochs", warmup_epochs)):
-        if not _is_number(value) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value < math.inf:
             raise InputError(f"{name} is {value!r}; it must be a number of at least 0")
     left = max(0.0, 1 - float(epoch) / float(warmup_epochs)) if warmup_epochs else 0.0
     return [prob + (1 - prob) * left for prob in probs]
@@ -135,7 +135,7 @@ def check_survival_probs(
     if len(probs) != count:
         raise InputError(f"survival_probs has {len(probs)} entries; the model has {count} {unit} ({source})")
     for index, prob in enumerate(probs):
-        if not _is_probability(prob):
+        if not is_probability(prob):
             raise InputError(f"survival_probs[{index}] is {prob!r}; each must lie in (0, 1] ({count} {unit}, {source})")
     return [float(prob) for prob in probs]
 
@@ -175,7 +175,7 @@ def resolve_survival_probs(
         return constant_depth(num_blocks), explicit
     if drop_path_rate is None:
         final = DEFAULT_FINAL_SURVIVAL_PROB
-    elif isinstance(drop_path_rate, (int, float)) and 0 <= drop_path_rate < 1:
+    elif is_number(drop_path_rate) and 0 <= drop_path_rate < 1:
         final = 1.0 - drop_path_rate
     else:
         raise InputError(f"drop_path_rate is {drop_path_rate!r}; it must lie in [0, 1), being 1 - p_L")
@@ -198,12 +198,14 @@ def _resolve_stagewise(
     return check_survival_probs(stagewise(survival_probs, blocks_per_stage), num_blocks, "stagewise")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether ``value`` is a real number, and no truth value."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _is_probability(value: Any) -> bool:
-    return _is_number(value) and SMALLEST_FLOAT32 <= value <= 1
+def is_probability(value: Any) -> bool:
+    """Return whether ``value`` is a number in (0, 1]."""
+    return is_number(value) and SMALLEST_FLOAT32 <= value <= 1
 
 
 def _whole(value: object) -> bool:

@@ -16,7 +16,7 @@ from timm.models import resnet as timm_resnet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from sdzoo.builder import build
+from sdzoo.builder import SURVIVAL_SETTINGS, build
 from sdzoo.gate import gates
 from sdzoo.stochastic_depth import add_gates, remove_gates
 
@@ -77,8 +77,10 @@ def to_timm(model: nn.Module) -> nn.Module:
     remove_gates(stock)
     if type(model) is SDResNet:
         stock.__class__ = ResNet
-        name = str(stock.pretrained_cfg["architecture"]).removeprefix(PREFIX)
-        stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": name}
+        created_with = getattr(stock, "_model_args", {})  # timm's record, which goes into config.json
+        stock._model_args = {name: v for name, v in created_with.items() if name not in (*SURVIVAL_SETTINGS, "mode")}
+        cfg = getattr(stock, "pretrained_cfg", {})
+        stock.pretrained_cfg = {**cfg, "architecture": str(cfg.get("architecture")).removeprefix(PREFIX)} if cfg else {}
         stock.default_cfg = stock.pretrained_cfg
     return stock
 

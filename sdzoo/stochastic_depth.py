@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from sdzoo.branch_ends import class_name
 from sdzoo.errors import InputError
 from sdzoo.gate import Gate
 from sdzoo.residual import ResidualBlock, residual_blocks
-from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, resolve_survival_probs
+from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, is_probability, resolve_survival_probs
 from sdzoo.timm_blocks import GATED, STOCK, become_gated, become_stock, drop_timms_drop_path, is_residual
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,6 +46,7 @@ def add_gates(
         InputError: if the settings contradict each other or leave (0, 1], or a block cannot have gates.
     """
     blocks = _blocks_without_gates(model)
+    _check_scalable(model, blocks)
     stages = [len(list(stage)) for _, stage in groupby(name.rpartition(".")[0] for name, _ in blocks)]
     probs, explicit = resolve_survival_probs(len(blocks), drop_path_rate, schedule, survival_probs, stages)
     for (_, block), p in zip(blocks, probs, strict=True):
@@ -82,13 +83,16 @@ def add_stochastic_depth(
     """
     if hasattr(model, "_orig_mod"):
         raise InputError("the model is compiled: add stochastic depth to the one that was, then compile the result")
-    listed = None if isinstance(schedule, str) else schedule
-    if listed is None and not 0 < final_survival_prob <= 1:
-        raise InputError(f"final_survival_prob is {final_survival_prob}; it must lie in (0, 1]")
-    _check_scalable(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{model!r:.80} is not a model: create it first, with timm.create_model")
+    drop_path_rate = None
+    if isinstance(schedule, str) and schedule != "constant_depth":
+        if not is_probability(final_survival_prob):
+            raise InputError(f"final_survival_prob is {final_survival_prob!r}; it must lie in (0, 1]")
+        drop_path_rate = 1 - float(final_survival_prob)
+    _check_scalable(model, _blocks_without_gates(model))  # before the copy, which some of what it refuses cannot be
     gated = copy.deepcopy(model)
-    rate = None if listed is not None or schedule == "constant_depth" else 1 - final_survival_prob
-    add_gates(gated, rate, schedule if listed is None else None, listed, mode)
+    add_gates(gated, drop_path_rate, schedule, mode=mode)
     for module in gated.modules():
         if type(module) in GATED:
             drop_timms_drop_path(module)  # of a block without shortcut: it has nothing to drop
@@ -128,7 +132,10 @@ def _blocks_without_gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if isinstance(module, ResidualBlock) or (type(module) in GATED and is_residual(module))
     ]
-    unknown = sorted({class_name(type(module)) for module in model.modules() if _is_unknown_residual(module)})
+    unknown = sorted({_owner(model, name) for name, module in model.named_modules() if _is_unknown_residual(module)})
+    folded = [name for name, module in found if type(module) in STOCK]
+    if folded:
+        raise InputError(f"{type(model).__name__} is folded ({folded[0]}): add stochastic depth, then fold")
     if unknown or not found:
         what = f"residual blocks of unknown class: {', '.join(unknown)}" if unknown else "no residual block"
         raise InputError(f"{type(model).__name__} has {what}; known are {KNOWN}")
@@ -143,26 +150,34 @@ def _is_unknown_residual(module: nn.Module) -> bool:
     return any(name.startswith("drop_path") and _is_module_or_none(value) for name, value in members.items())
 
 
+def _owner(model: nn.Module, name: str) -> str:
+    while type(model.get_submodule(name)).__module__.startswith("torch.nn.") and name:
+        name = name.rpartition(".")[0]
+    return class_name(type(model.get_submodule(name)))
+
+
 def _is_module_or_none(value: Any) -> bool:
     return value is None or isinstance(value, nn.Module)
 
 
-def _check_scalable(model: nn.Module) -> None:
-    uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
-    for name, block in _blocks_without_gates(model):
-        if type(block) not in GATED:
-            continue  # sdzoo's own: checked when it was made
+def _check_scalable(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    uses = Counter(_memory(tensor) for _, tensor in tensors)
+    for name, block in blocks:
         probe = copy.copy(block)
-        probe.__class__ = GATED[type(block)]
+        probe.__class__ = GATED.get(type(block), type(block))
         assert isinstance(probe, ResidualBlock)
         for path in (path for gate in probe.gate_names for path in probe.branch_scale(gate)):
             owner, tensor_name = block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
             tensor = {**owner._parameters, **owner._buffers}.get(tensor_name)
-            fault = (
-                "parametrised" if tensor is None or is_parametrized(owner) else "shared" if uses[id(tensor)] > 1 else ""
-            )
-            if fault:
+            plain = tensor is not None and not is_parametrized(owner)
+            if tensor is None or not plain or uses[_memory(tensor)] > 1:
+                fault = "shared" if plain else "parametrised"
                 raise InputError(f"{class_name(type(block))}: {path} of {name} is {fault}, so that it cannot be scaled")
+
+
+def _memory(tensor: Tensor) -> int:
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
 def _check_no_gate_is_lost(

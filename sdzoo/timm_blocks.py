@@ -6,12 +6,12 @@ The branch of each is written as timm computes it; the tests compare the two.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath
 from timm.models import convnext, regnet, resnet, resnetv2, vision_transformer
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from sdzoo.branch_ends import Scale, attention_scale, linear_scale, norm_scale
+from sdzoo.branch_ends import Scale, attention_scale, gamma_scale, linear_scale, norm_scale
 from sdzoo.gate import Gate
 from sdzoo.residual import OneBranchBlock, ResidualBlock, TwoBranchBlock
 
@@ -221,8 +221,8 @@ class GatedBlock(TwoBranchBlock, vision_transformer.Block):
     def branch_scale(self, gate: str = "gate1") -> Scale:
         """Return LayerScale's gamma if there is one, else the last linear layer."""
         _, linear, layer_scale = self.branch_names[gate]
-        has_gamma = type(getattr(self, layer_scale)) is LayerScale
-        return {f"{layer_scale}.gamma": 1} if has_gamma else linear_scale(self, linear)
+        is_last = isinstance(getattr(self, layer_scale), nn.Identity)
+        return linear_scale(self, linear) if is_last else gamma_scale(self, layer_scale)
 
 
 class GatedResPostBlock(TwoBranchBlock, vision_transformer.ResPostBlock):
@@ -284,7 +284,7 @@ def drop_timms_drop_path(block: nn.Module) -> None:
     """Replace timm's own DropPath in ``block`` by nothing, in place."""
     for name, module in block.named_children():
         if isinstance(module, DropPath):
-            setattr(block, name, nn.Identity())
+            setattr(block, name, nn.Identity().train(module.training))
 
 
 def become_stock(block: ResidualBlock) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from nets import after_relu, close, make_block, plain_branch, random_images
@@ -234,6 +235,6 @@ def test_fuse_refuses_training_mode_and_has_changed_nothing(part: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
-def test_a_normalisation_that_cannot_be_rescaled_is_refused() -> None:
-    with pytest.raises(InputError, match="no affine weight and bias"):
-        BasicBlock(16, 16, Gate(0.5), norm_layer=partial(nn.BatchNorm2d, affine=False))  # type: ignore[arg-type]
+def test_a_normalisation_that_cannot_be_rescaled_is_refused_at_creation() -> None:
+    with pytest.raises(InputError, match=r"BatchNorm2d \(bn2\), which cannot be scaled exactly"):
+        timm.create_model("sd_resnet20", norm_layer=partial(nn.BatchNorm2d, affine=False))
