@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -26,7 +27,8 @@ from sdzoo.residual import residual_blocks
 
 def with_timm_drop_path(model: nn.Module, survival_probs: list[float]) -> nn.Module:
     """Put timm's DropPath at the end of every branch of a constant-depth ``model``, and return it."""
-    for (_, block), p in zip(residual_blocks(model), survival_probs, strict=True):
+    blocks: list[Any] = [block for _, block in residual_blocks(model)]
+    for block, p in zip(blocks, survival_probs, strict=True):
         branch, drop_path = block.branch, DropPath(1 - p)
         block.branch = lambda x, branch=branch, drop_path=drop_path: drop_path(branch(x))
     return model

@@ -308,7 +308,7 @@ def test_a_list_for_a_transformer_has_one_entry_a_block(images: Tensor) -> None:
         ((0.5, [0.5] * 7 + [0]), r"survival_probs\[7\] is 0; each must lie in \(0, 1\]"),
         ((0.5, [1.2] + [0.5] * 7), r"survival_probs\[0\] is 1.2; each must lie in \(0, 1\]"),
         ((0.5, [math.nan] + [0.5] * 7), r"survival_probs\[0\] is nan; each must lie in \(0, 1\]"),
-        ((0.5, 0.5), "schedule is "0.5"; known"),
+        ((0.5, 0.5), 'schedule is "0.5"; known'),
         ((0.5, "linear", "bach"), 'mode is "bach"; known: batch, sample; nearest: batch'),
     ],
 )
