@@ -2,7 +2,7 @@
 
     python benchmarks/add_stochastic_depth.py
 
-Both have linear decay to 1 - rate. A sample is one step; the ratio is that of the sums over all interleaved rounds, since
+Both have linear decay to 1 - rate. A sample is one step; the ratio is that of the sums over interleaved rounds, since
 what is skipped differs from step to step. So that no lucky draw flatters it, each gate is open in exactly its share of
 the rounds, in shuffled order. The floor is the mean survival probability.
 """

@@ -51,15 +51,14 @@ class ResidualBlock(nn.Module):
         Raises:
             InputError: if a weight would overflow; nothing has changed then.
         """
-        tensors = {name: attrgetter(name)(self) for name in self.branch_scale(gate)}
-        scaled = {
-            name: _times(tensors[name], c**power, tensors[name].dtype)
-            for name, power in self.branch_scale(gate).items()
-        }
-        for name, tensor in tensors.items():
-            if _overflows(tensor, scaled[name]):
+        scaled: list[tuple[Tensor, Tensor]] = []
+        for name, power in self.branch_scale(gate).items():
+            tensor = attrgetter(name)(self)
+            scaled.append((tensor, _times(tensor, c**power, tensor.dtype)))
+            if _overflows(*scaled[-1]):
                 raise InputError(f"{name} overflows {tensor.dtype} when it is multiplied by {c:.3g}")
-            tensor.copy_(scaled[name])
+        for tensor, value in scaled:
+            tensor.copy_(value)
 
     def set_survival_prob(self, p: float, gate: str = "gate") -> None:
         """Set the survival probability and rescale the branch, so that the evaluation function stays as it is."""
@@ -94,7 +93,7 @@ class ResidualBlock(nn.Module):
         # All blocks of a class share its code, and with it torch's limit, beyond which it stops compiling in silence.
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             kwargs = {"recompile_limit": RECOMPILE_LIMIT, **kwargs}
-        else:  # before torch 2.8 there is one limit for all
+        else:  # older versions have one limit for all
             config: Any = torch._dynamo.config
             config.cache_size_limit = max(config.cache_size_limit, RECOMPILE_LIMIT)
         for name in self.compiled_methods:
@@ -192,7 +191,8 @@ class ResidualBlock(nn.Module):
 
 
 def _times(weight: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    return (weight.double() * factor).to(dtype)
+    widest = torch.float32 if weight.device.type == "mps" else torch.float64
+    return (weight.to(widest) * factor).to(dtype)
 
 
 def _overflows(weight: Tensor, scaled: Tensor) -> bool:

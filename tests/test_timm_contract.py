@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from nets import Net, calibrated, close, evaluate, linear_decay_by_hand, random_images
 from PIL import Image
 from timm.models import group_parameters
-from timm.models._features_fx import create_feature_extractor, get_notrace_modules
+from timm.models._features_fx import create_feature_extractor
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -64,7 +64,7 @@ NAMES = timm.list_models("sd_*")
 DEEP = ("sd_resnet1202", "sd_resnetv2_1001")
 BIG = (*DEEP, "sd_wide_resnet28_10", "sd_resnext29_8x64", "sd_resnet101", "sd_resnet152")
 BIG += ("sd_resnext50_32x4d", "sd_wide_resnet50_2")
-SMALL = ("sd_resnet20", "sd_wide_resnet16_4", "sd_resnet18", "sd_resnet50", "sd_seresnet50")
+SMALL = ("sd_resnet20", "sd_wide_resnet16_4", "sd_resnet18", "sd_seresnet50")
 FAMILIES = ("sd_resnet20", "sd_wide_resnet16_4", "sd_resnet18")
 
 
@@ -78,18 +78,22 @@ def each(argument: str, slow: Collection[str] = (), names: Collection[str] = NAM
 every_name = each("name")
 every_net = each("shared")
 deep_names_slow = each("name", slow=DEEP)
-deep_nets_slow = each("shared", slow=DEEP)
 big_nets_slow = each("shared", slow=BIG)
 small_nets_fast = each("shared", slow=set(NAMES) - set(SMALL))
+small_names_fast = each("name", slow=set(NAMES) - set(SMALL))
 one_of_each_family = each("shared", names=FAMILIES)
 every_feature_class = pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
 tracing_warns = pytest.mark.filterwarnings("ignore:The nodes obtained by tracing the model in train mode:UserWarning")
 
 
+def make(name: str) -> Net:
+    return calibrated(name, images=random_images(8, 8 if len(ZOO[name][0]) == 3 else 64))
+
+
 @pytest.fixture(scope="module")
 def shared(request: pytest.FixtureRequest) -> Net:
     """Return a calibrated net in evaluation, for all tests that leave it as it is."""
-    return calibrated(request.param, images=random_images(8, 8 if len(ZOO[request.param][0]) == 3 else 64))
+    return make(request.param)
 
 
 @pytest.fixture
@@ -296,11 +300,12 @@ def test_every_configuration_is_whole(name: str) -> None:
     assert cfg is not None
     arch, _, tag = name.partition(".")
     assert (cfg.first_conv, cfg.classifier) == ("conv1", "fc")
-    assert cfg.license and cfg.interpolation and 0 < cfg.crop_pct <= 1
+    assert cfg.interpolation and cfg.pool_size and 0 < cfg.crop_pct <= 1
     assert len(cfg.mean) == len(cfg.std) == 3
     assert all(0 < value < 1 for value in (*cfg.mean, *cfg.std))
     if len(ZOO[arch][1]) == 3:
         assert (cfg.input_size, cfg.pool_size, cfg.crop_pct, cfg.num_classes) == ((3, 32, 32), (8, 8), 1.0, 10)
+        assert cfg.license == "apache-2.0"
         assert cfg.hf_hub_id is None and cfg.url in (None, "")
         assert (cfg.file is not None) is bool(tag)
         return
@@ -592,71 +597,6 @@ def test_pruned_layers_are_gone(shared: Net) -> None:
         assert torch.equal(model(images), shared(images))
 
 
-# --- tracing
-
-
-@small_nets_fast
-def test_torchscript_in_evaluation(shared: Net) -> None:
-    scripted = torch.jit.script(shared)
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    file.seek(0)
-    loaded = torch.jit.load(file)
-    for count in (2, 3):
-        images = images_for(shared, count)
-        with torch.no_grad():
-            expected = shared(images)
-            close(expected, scripted(images), tol=1e-6)
-            close(expected, loaded(images), tol=1e-6)
-
-
-@one_of_each_family
-def test_torchscript_in_training_raises_and_does_not_freeze_a_draw(net: Net) -> None:
-    scripted = torch.jit.script(net.train())
-    with pytest.raises(torch.jit.Error, match=r"not compiled|unused|ignore"):
-        scripted(images_for(net))
-
-
-@small_nets_fast
-def test_jit_trace_in_evaluation(shared: Net) -> None:
-    traced: Any = torch.jit.trace(shared, images_for(shared))
-    other = images_for(shared, seed=2)
-    with torch.no_grad():
-        close(evaluate(shared, other), traced(other), tol=1e-6)
-
-
-@deep_nets_slow
-def test_fx_trace_in_evaluation(shared: Net) -> None:
-    traced: Any = torch.fx.symbolic_trace(shared)
-    assert len(get_notrace_modules()) > 0
-    extractor: Any = create_feature_extractor(shared, {"fc": "logits", "layer2": "features"})
-    for images in (images_for(shared), images_for(shared, 3, seed=2)):
-        with torch.no_grad():
-            expected = shared(images)
-            close(expected, traced(images), tol=1e-6)
-            out = extractor.eval()(images)
-            assert torch.equal(out["logits"], expected)
-            level = 1 if len(shared.feature_info) == 3 else 2
-            assert torch.equal(out["features"], shared.forward_intermediates(images, [level])[1][0])
-
-
-@big_nets_slow
-@tracing_warns
-def test_fx_trace_in_training_goes_on_drawing(net: Net) -> None:
-    extractor: Any = create_feature_extractor(net.train(), ["fc"]).train()
-    images, draws = images_for(net), set()
-    for seed in (1, 2, 3):
-        with torch.no_grad():
-            torch.manual_seed(seed)
-            out = extractor(images)["fc"]
-            draws.add(tuple(sdzoo.live_blocks(extractor)))
-            torch.manual_seed(seed)
-            assert torch.equal(net(images), out)
-    assert len(draws) > 1
-    extractor(images)["fc"].sum().backward()
-    gradients(extractor)
-
-
 # --- optimizers and averages
 
 
@@ -744,12 +684,83 @@ def test_reparameterized_computes_the_evaluation_function(shared: Net) -> None:
     images = images_for(shared)
     before = {key: value.clone() for key, value in shared.state_dict().items()}
     expected = evaluate(shared, images)
-    for fused in (reparameterize_model(shared), timm.utils.reparameterize_model(shared)):
-        close(expected, evaluate(fused, images), tol=1e-4)
-        assert residual_blocks(fused) == []
-        norms = [name for name, module in fused.named_modules() if isinstance(module, nn.BatchNorm2d)]
-        # timm fuses children only: what stands at the root stays
-        assert norms == (["norm"] if name_of(shared) in PREACT else ["bn1"])
+    fused = reparameterize_model(shared)
+    close(expected, evaluate(fused, images), tol=1e-4)
+    assert residual_blocks(fused) == []
+    # timm fuses children only: what stands at the root stays
+    norms = [name for name, module in fused.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms == (["norm"] if name_of(shared) in PREACT else ["bn1"])
     assert len(residual_blocks(shared)) == sum(ZOO[name_of(shared)][1])
     assert all(torch.equal(value, before[key]) for key, value in shared.state_dict().items())
     assert torch.equal(evaluate(shared, images), expected)
+
+
+# --- tracing: last, because what TorchScript leaves in memory slows down all that follows
+
+
+@every_net
+def test_feature_extraction_by_fx_in_evaluation(shared: Net) -> None:
+    extractor: Any = create_feature_extractor(shared, {"fc": "logits", "layer2": "features"}).eval()
+    level = 1 if len(shared.feature_info) == 3 else 2
+    for images in (images_for(shared), images_for(shared, 3, seed=2)):
+        with torch.no_grad():
+            out = extractor(images)
+            assert torch.equal(out["logits"], shared(images))
+            assert torch.equal(out["features"], shared.forward_intermediates(images, [level])[1][0])
+
+
+@big_nets_slow
+@tracing_warns
+def test_fx_trace_in_training_goes_on_drawing(net: Net) -> None:
+    extractor: Any = create_feature_extractor(net.train(), ["fc"]).train()
+    images, draws = images_for(net), set()
+    for seed in (1, 2, 3):
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            out = extractor(images)["fc"]
+            draws.add(tuple(sdzoo.live_blocks(extractor)))
+            torch.manual_seed(seed)
+            assert torch.equal(net(images), out)
+    assert len(draws) > 1
+    extractor(images)["fc"].sum().backward()
+    gradients(extractor)
+
+
+@small_names_fast
+def test_plain_fx_trace_in_evaluation(name: str) -> None:
+    model = make(name)
+    traced: Any = torch.fx.symbolic_trace(model)
+    for images in (images_for(model), images_for(model, 3, seed=2)):
+        close(evaluate(model, images), evaluate(traced, images), tol=1e-6)
+
+
+@small_names_fast
+def test_jit_trace_in_evaluation(name: str) -> None:
+    model = make(name)
+    traced: Any = torch.jit.trace(model, images_for(model))
+    other = images_for(model, seed=2)
+    with torch.no_grad():
+        close(model(other), traced(other), tol=1e-6)
+
+
+@each("name", names=FAMILIES)
+def test_torchscript_in_training_raises_and_does_not_freeze_a_draw(name: str) -> None:
+    model = make(name)
+    scripted = torch.jit.script(model.train())
+    with pytest.raises(torch.jit.Error, match=r"not compiled|unused|ignore"):
+        scripted(images_for(model))
+
+
+@small_names_fast
+def test_torchscript_in_evaluation(name: str) -> None:
+    model, file = make(name), io.BytesIO()
+    scripted = torch.jit.script(model)
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for count in (2, 3):
+        images = images_for(model, count)
+        with torch.no_grad():
+            expected = model(images)
+            close(expected, scripted(images), tol=1e-6)
+            close(expected, loaded(images), tol=1e-6)
