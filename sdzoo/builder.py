@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
@@ -18,7 +18,7 @@ def build(
     variant: str,
     pretrained: bool,
     features: tuple[int, ...],
-    pretrained_filter_fn: Callable[..., dict[str, Any]] | None = None,
+    pretrained_filter_fn: Callable[..., Mapping[str, Any]] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Return the network ``variant``, with the weights of its configuration if ``pretrained``.

@@ -92,7 +92,7 @@ class CifarResNet(nn.Module):
             {"num_chs": width, "reduction": 2**index, "module": name}
             for index, (name, width) in enumerate(zip(STAGES, widths, strict=True))
         ]
-        self.num_features = self.head_hidden_size = widths[-1]
+        self.num_features = widths[-1]
         self.global_pool, fc = self._classifier(num_classes, global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.fc = fc
@@ -118,7 +118,9 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode=cast(Any, self.init_mode), nonlinearity="relu")
 
     def _classifier(self, num_classes: int, global_pool: str, **dd: Any) -> tuple[nn.Module, nn.Module]:
-        return cast(Any, create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd))
+        pool, fc = cast(Any, create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd))
+        self.head_hidden_size = self.num_features * pool.feat_mult()
+        return pool, fc
 
     def _stages(self) -> list[nn.Sequential]:
         return [self.layer1, self.layer2, self.layer3]
@@ -186,7 +188,8 @@ class CifarResNet(nn.Module):
         take, last = feature_take_indices(len(STAGES), indices)
         for name in STAGES[last + 1 :]:
             setattr(self, name, nn.Sequential())
-        self.num_features = self.head_hidden_size = self.widths[last]
+        self.num_features = self.widths[last]
+        self.head_hidden_size = self.num_features * cast(Any, self.global_pool).feat_mult()
         if prune_norm or last < len(STAGES) - 1:
             self.norm = nn.Identity()
         if prune_head:

@@ -132,6 +132,8 @@ def fold_batchnorms(model: nn.Module) -> None:
             continue
         act = getattr(norm, "act", nn.Identity()).eval()
         source = node.args[0]
+        while _is_identity(model, source):
+            source = source.args[0]
         conv = model.get_submodule(source.target) if source.op == "call_module" else None
         if type(conv) is nn.Conv2d and calls[source.target] == calls[node.target] == len(source.users) == 1:
             model.set_submodule(source.target, fuse_conv_bn(conv, norm))
@@ -139,6 +141,11 @@ def fold_batchnorms(model: nn.Module) -> None:
         else:
             weight, bias = (tensor.to(_dtype(norm)) for tensor in scale_and_shift(norm))
             model.set_submodule(node.target, ScaleShift(weight, bias, act).eval())
+
+
+def _is_identity(model: nn.Module, node: fx.Node) -> bool:
+    is_module = node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Identity)
+    return is_module and len(node.users) == 1
 
 
 class _BatchNormTracer(fx.Tracer):

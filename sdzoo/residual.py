@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sdzoo.branch_ends import Scale
 from sdzoo.errors import InputError
@@ -105,8 +105,18 @@ class ResidualBlock(nn.Module):
         return {name: value for name, value in super().__getstate__().items() if name not in self.compiled_methods}
 
     @torch.jit.unused
-    def skips(self, gate: str) -> bool:
-        """Return whether the branch of ``gate`` is left out of this training step."""
+    def skips(self, x: Tensor, gate: str) -> bool:
+        """Return whether the branch of ``gate`` is left out of this training step.
+
+        Raises:
+            InputError: if ``x`` is of a trace by torch.fx, which would freeze this draw; or ranks that have to draw
+                alike do not.
+        """
+        if isinstance(x, fx.Proxy):
+            raise InputError(
+                "torch.fx would freeze this draw of the gate: trace in evaluation, or with timm's create_feature_extractor,"
+                " to which a block is one node"
+            )
         own: Gate | OpenGate = getattr(self, gate)
         closed = own.closed()
         if not self._ranks_compared and isinstance(own, Gate) and own.mode == "batch":
@@ -228,7 +238,7 @@ class OneBranchBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output ``(B, C', H', W')`` for ``x`` ``(B, C, H, W)``."""
-        if self.gate.training and self.skips("gate"):
+        if self.gate.training and self.skips(x, "gate"):
             return self.skipped(x)
         return self.computed(x)
 
@@ -286,11 +296,11 @@ class TwoBranchBlock(ResidualBlock):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the block's output ``(B, N, C)`` for ``x`` ``(B, N, C)``."""
-        if self.gate1.training and self.skips("gate1"):
+        if self.gate1.training and self.skips(x, "gate1"):
             x = self.skipped(x, "gate1")
         else:
             x = x + self.gate1(self.branch1(x, attn_mask, is_causal))
-        if self.gate2.training and self.skips("gate2"):
+        if self.gate2.training and self.skips(x, "gate2"):
             return self.skipped(x, "gate2")
         return x + self.gate2(self.branch2(x))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features_fx import register_notrace_module
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import nn
@@ -58,12 +58,13 @@ class SDResNetCifar(CifarResNet):
                 'the weights name their classifier "linear", as those of networks with subsampling shortcuts do:'
                 ' create the model with shortcut="subsample"'
             )
-        for name, old in renamed.items():
-            state_dict[prefix + name] = state_dict.pop(old)
+        elif self.shortcut == "subsample":
+            for name, old in renamed.items():
+                state_dict[prefix + name] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def from_literature_names(state_dict: Mapping[str, Any], _model: nn.Module | None = None) -> dict[str, Any]:
+def from_literature_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``state_dict`` with the names of this family.
 
     The CIFAR ResNets in circulation name all else alike (``conv1, bn1, layer{1,2,3}.i.{conv1,bn1,conv2,bn2}``); their
@@ -101,13 +102,22 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _rename(state_dict: Mapping[str, Any], model: SDResNetCifar) -> Mapping[str, Any]:
+    # Left as they are, literature's names are refused by a network with the other shortcuts.
+    return from_literature_names(state_dict) if model.shortcut == "subsample" else state_dict
+
+
 def _create(variant: str, blocks_per_stage: int, pretrained: bool, **kwargs: Any) -> nn.Module:
+    if pretrained and kwargs.get("shortcut", "pool") != "pool":
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if weights.ship_at(cfg.file):
+            raise InputError(f'the weights that ship for {variant} were trained with shortcut="pool"')
     return build(
         SDResNetCifar,
         variant,
         pretrained,
         (0, 1, 2),
-        from_literature_names,
+        _rename,
         blocks_per_stage=blocks_per_stage,
         **kwargs,
     )

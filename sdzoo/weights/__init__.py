@@ -36,13 +36,18 @@ def tag_of(state_sha256: str) -> str | None:
     return None
 
 
+def ship_at(file: str | Path | None) -> bool:
+    """Return whether ``file`` is one of the checkpoints that ship."""
+    return file is not None and Path(file).parent == FOLDER
+
+
 def check(file: str | Path | None) -> None:
     """Compare a bundled file with the sha256 of its card, before anything reads it; leave other files alone.
 
     Raises:
         InputError: if the file is damaged.
     """
-    if not file or Path(file).parent != FOLDER:
+    if not file or not ship_at(file):
         return
     name = Path(file).name.removesuffix(".safetensors")
     expected, got = card(name)["sha256"], file_sha256(file)
