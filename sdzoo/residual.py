@@ -114,8 +114,8 @@ class ResidualBlock(nn.Module):
         """
         if isinstance(x, fx.Proxy):
             raise InputError(
-                "torch.fx would freeze this draw of the gate: trace in evaluation, or with timm's create_feature_extractor,"
-                " to which a block is one node"
+                "torch.fx would freeze this draw of the gate: trace in evaluation, or with timm's"
+                " create_feature_extractor, to which a block is one node"
             )
         own: Gate | OpenGate = getattr(self, gate)
         closed = own.closed()

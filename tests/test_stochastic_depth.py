@@ -24,7 +24,7 @@ from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
 )
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, reparameterize_model
 from timm_nets import (
     DROP_PATHS,
     NETS,
@@ -309,6 +309,7 @@ def test_a_list_for_a_transformer_has_one_entry_a_block(images: Tensor) -> None:
         ((0.5, [1.2] + [0.5] * 7), r"survival_probs\[0\] is 1.2; each must lie in \(0, 1\]"),
         ((0.5, [math.nan] + [0.5] * 7), r"survival_probs\[0\] is nan; each must lie in \(0, 1\]"),
         ((0.5, 0.5), 'schedule is "0.5"; known'),
+        ((0.9, None), "schedule is None|None; it must be"),
         ((0.5, "linear", "bach"), 'mode is "bach"; known: batch, sample; nearest: batch'),
     ],
 )
@@ -460,6 +461,22 @@ def test_a_model_in_evaluation_stays_so_in_every_part() -> None:
     sdzoo.fold(gated)
     sdzoo.to_timm(gated)
     assert all(module.training for module in sdzoo.add_stochastic_depth(model.train()).modules())
+
+
+def test_probabilities_that_overflow_one_block_change_none() -> None:
+    gated = sdzoo.add_stochastic_depth(stock("resnet18").half())
+    before, probs = copy.deepcopy(gated.state_dict()), sdzoo.survival_probs(gated)
+    with pytest.raises(InputError, match="overflows"):
+        sdzoo.set_survival(gated, [0.3] * 7 + [1e-7])
+    assert sdzoo.survival_probs(gated) == probs
+    assert all(torch.equal(value, before[key]) for key, value in gated.state_dict().items())
+
+
+@every_small
+def test_timms_reparameterization_keeps_the_function(net: str, images: Tensor) -> None:
+    model = stock(net)
+    reparameterized = reparameterize_model(sdzoo.add_stochastic_depth(model).eval())
+    close(evaluate(model, images), evaluate(reparameterized, images), tol=1e-10)
 
 
 FEATURES: list[tuple[str, dict[str, Any]]] = [

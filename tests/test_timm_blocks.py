@@ -282,6 +282,20 @@ def test_the_input_is_not_overwritten(case: str, training: bool) -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("shortcut", [nn.Sequential(), nn.Dropout(0.0), nn.Flatten(2, 2)])
+def test_a_shortcut_that_returns_its_input_is_not_overwritten(shortcut: nn.Module) -> None:
+    block: Net = basic(False).double()
+    block.downsample = shortcut
+    x = random_images(3, 8, CHANS).double()
+    before, gated = x.clone(), gated_of(block, 0.5)
+    with sdzoo.fixed_gates(gated, [0]):
+        with torch.no_grad():
+            close(before.relu(), gated(x), tol=0)
+        assert torch.equal(x, before)
+        out, _, _ = run(gated, x)
+    close(before.relu(), out, tol=0)
+
+
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("bits", list(itertools.product((0, 1), repeat=4)))
 def test_a_chain_of_blocks_with_any_gates_is_timms_chain(name: str, bits: tuple[int, ...]) -> None:

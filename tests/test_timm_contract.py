@@ -734,6 +734,18 @@ def test_plain_fx_trace_in_evaluation(name: str) -> None:
         close(evaluate(model, images), evaluate(traced, images), tol=1e-6)
 
 
+@each("name", names=FAMILIES)
+def test_plain_fx_trace_in_training_raises_or_goes_on_drawing(name: str) -> None:
+    model = make(name).train()
+    images = images_for(model)
+    try:
+        traced: Any = torch.fx.symbolic_trace(model)
+    except (TypeError, ValueError, RuntimeError):
+        return
+    with torch.no_grad():
+        assert len({float(traced(images).sum()) for _ in range(8)}) > 1, "one draw, frozen"
+
+
 @small_names_fast
 def test_jit_trace_in_evaluation(name: str) -> None:
     model = make(name)
