@@ -51,14 +51,22 @@ class ResidualBlock(nn.Module):
         Raises:
             InputError: if a weight would overflow; nothing has changed then.
         """
+        for tensor, value in self.scaled_branch(c, gate):
+            tensor.copy_(value)
+
+    def scaled_branch(self, c: float, gate: str = "gate") -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors by which the branch of ``gate`` scales, each with its value for ``c`` times the output.
+
+        Raises:
+            InputError: if one would overflow.
+        """
         scaled: list[tuple[Tensor, Tensor]] = []
         for name, power in self.branch_scale(gate).items():
-            tensor = attrgetter(name)(self)
+            tensor = attrgetter(name)(self).detach()
             scaled.append((tensor, _times(tensor, c**power, tensor.dtype)))
             if _overflows(*scaled[-1]):
                 raise InputError(f"{name} overflows {tensor.dtype} when it is multiplied by {c:.3g}")
-        for tensor, value in scaled:
-            tensor.copy_(value)
+        return scaled
 
     def set_survival_prob(self, p: float, gate: str = "gate") -> None:
         """Set the survival probability and rescale the branch, so that the evaluation function stays as it is."""
@@ -252,7 +260,8 @@ class OneBranchBlock(ResidualBlock):
         """Return the output without the branch, whose parameters get a zero gradient."""
         x = with_zero_gradients(x, self.branch_parameters())
         if not self.has_identity_shortcut():
-            return self.act(self.shortcut(self.entry(x)))
+            shortcut = self.shortcut(self.entry(x))
+            return self.act(shortcut.clone() if shortcut.data_ptr() == x.data_ptr() else shortcut)
         # An in-place activation would overwrite the output of the block before. The ReLU of a ReLU is nothing to do.
         if self.act_name is None or isinstance(self.get_submodule(self.act_name), (nn.ReLU, nn.Identity)):
             return x

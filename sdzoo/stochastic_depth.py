@@ -18,7 +18,7 @@ from sdzoo.branch_ends import class_name
 from sdzoo.errors import InputError
 from sdzoo.gate import Gate
 from sdzoo.residual import ResidualBlock, residual_blocks
-from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, is_probability, resolve_survival_probs
+from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, SCHEDULES, is_probability, resolve_survival_probs
 from sdzoo.timm_blocks import GATED, STOCK, become_gated, become_stock, drop_timms_drop_path, is_residual
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,6 +85,8 @@ def add_stochastic_depth(
         raise InputError("the model is compiled: add stochastic depth to the one that was, then compile the result")
     if not isinstance(model, nn.Module):
         raise InputError(f"{model!r:.80} is not a model: create it first, with timm.create_model")
+    if schedule is None:
+        raise InputError(f"schedule is None; it must be a list, or one of {', '.join(SCHEDULES)}")
     drop_path_rate = None
     if isinstance(schedule, str) and schedule != "constant_depth":
         if not is_probability(final_survival_prob):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from sdzoo.gate import gates
+from sdzoo.gate import float32, gates
 from sdzoo.residual import residual_blocks
 from sdzoo.schedule import check_survival_probs
 
@@ -29,9 +29,11 @@ def set_survival(model: nn.Module, probs: Sequence[float]) -> None:
     Training changes; the evaluation function stays within rounding.
 
     Raises:
-        InputError: if there is not one number in (0, 1] per gate; nothing has changed then.
+        InputError: if there is not one number in (0, 1] per gate, or a weight would overflow; nothing has changed then.
     """
     probs = check_survival_probs(probs, len(gates(model)), "set_survival", "gates")
     branches = [(block, gate) for _, block in residual_blocks(model) for gate in block.gate_names]
+    for (block, gate), p in zip(branches, probs, strict=True):
+        block.scaled_branch(getattr(block, gate).read() / float32(p), gate)  # raises before anything has changed
     for (block, gate), p in zip(branches, probs, strict=True):
         block.set_survival_prob(p, gate)

@@ -49,7 +49,10 @@ class Counting:
 
 
 # torch looks for the gradient of every tensor that a graph takes in, and warns of its own doing
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # torch 2.6, of its own doing
+]
 
 
 @pytest.fixture(autouse=True)

@@ -581,6 +581,12 @@ def parametrised(how: Callable[..., Any], path: str = "layer3.1.conv2", net: str
     return model
 
 
+def parametrised_attention(how: Callable[..., Any]) -> Net:
+    model = resnet18(block_args={"attn_layer": "se"})
+    how(model.layer2[0].se.fc1)
+    return model
+
+
 def sharing(share: Callable[[Net, Net], None]) -> Net:
     model = resnet18()
     share(model.layer2[0], model.layer2[1])
@@ -672,6 +678,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "spectral norm": (partial(parametrised, parametrizations.spectral_norm), "resnetv2.PreActBasic"),
     "old spectral norm": (partial(parametrised, spectral_norm), "resnetv2.PreActBasic.*conv2"),
     "pruned": (partial(parametrised, partial(prune.l1_unstructured, name="weight", amount=2)), "PreActBasic.*conv2"),
+    "weight norm of an attention": (
+        partial(parametrised_attention, parametrizations.weight_norm),
+        "resnet.BasicBlock: se.fc1.weight of layer2.0 is parametrised",
+    ),
+    "pruned attention": (
+        partial(parametrised_attention, partial(prune.l1_unstructured, name="weight", amount=2)),
+        "resnet.BasicBlock: se.fc1.weight of layer2.0 is parametrised",
+    ),
     "shared weight": (partial(sharing, share_weight), "resnet.BasicBlock.*shared"),
     "shared norm": (partial(sharing, share_norm), "resnet.BasicBlock.*shared"),
     "shared memory": (partial(sharing, share_storage), "resnet.BasicBlock.*shared"),
