@@ -117,12 +117,12 @@ class ResidualBlock(nn.Module):
         """Return whether the branch of ``gate`` is left out of this training step.
 
         Raises:
-            InputError: if ``x`` is of a trace by torch.fx, which would freeze this draw; or ranks that have to draw
+            InputError: if this is a trace, which would freeze this draw; or ranks that have to draw
                 alike do not.
         """
-        if isinstance(x, fx.Proxy):
+        if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
             raise InputError(
-                "torch.fx would freeze this draw of the gate: trace in evaluation, or with timm's"
+                "a trace would freeze this draw of the gate: trace in evaluation, or with timm's"
                 " create_feature_extractor, to which a block is one node"
             )
         own: Gate | OpenGate = getattr(self, gate)

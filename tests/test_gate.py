@@ -278,3 +278,10 @@ def test_what_was_copied_into_the_buffer_is_drawn_with_after_train() -> None:
     torch.manual_seed(0)
     drawn = sum(gate.draw() for _ in range(2000)) / 2000
     assert abs(drawn - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_jit_trace_in_training_is_refused() -> None:
+    model = timm.create_model("sd_resnet20").train()
+    with pytest.raises(InputError, match="a trace would freeze this draw"):
+        torch.jit.trace(model, torch.randn(2, 3, 16, 16), check_trace=False)
