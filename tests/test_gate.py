@@ -280,7 +280,7 @@ def test_what_was_copied_into_the_buffer_is_drawn_with_after_train() -> None:
     assert abs(drawn - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")
 def test_a_jit_trace_in_training_is_refused() -> None:
     model = timm.create_model("sd_resnet20").train()
     with pytest.raises(InputError, match="a trace would freeze this draw"):
