@@ -9,6 +9,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from sdzoo import weights
+from sdzoo.stochastic_depth import refuse_lost_gates
 
 SURVIVAL_SETTINGS = ("drop_path_rate", "schedule", "survival_probs")
 
@@ -38,7 +39,7 @@ def build(
         _leave_survival_to_the_weights(kwargs)
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         weights.check(cfg.file)
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         network,
         variant,
         pretrained,
@@ -46,6 +47,9 @@ def build(
         pretrained_filter_fn=pretrained_filter_fn,
         **kwargs,
     )
+    if kwargs.get("features_only"):
+        refuse_lost_gates(model)  # timm has put the stages into another model
+    return model
 
 
 def _leave_survival_to_the_weights(kwargs: dict[str, Any]) -> None:

@@ -68,7 +68,8 @@ def _list(arguments: argparse.Namespace) -> None:
         )
     print(
         "\nMACs: of one image in evaluation; training: of its forward in training, on average, at p_L = 0.5;"
-        f"\nlive: blocks that this computes, on average.   next: sdzoo info {names[0]}"
+        "\nlive: blocks that this computes, on average; layers: convolutions and linear layers, those of shortcuts too."
+        f"\nnext: sdzoo info {names[0]}"
     )
 
 

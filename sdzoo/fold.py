@@ -107,11 +107,16 @@ def fold(model: Model) -> Model:
         if callable(absorb := getattr(module, "absorb_gates_", None)):
             absorb()
     fold_batchnorms(folded)
-    kept = Counter(type(m).__name__ for m in folded.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)))
+    kept = Counter(type(module).__name__ for module in folded.modules() if _is_norm(module))
     if kept:
         names = ", ".join(f"{count} {name}" for name, count in kept.items())
         warnings.warn(f"fold keeps {names}: only BatchNorm becomes part of a convolution", stacklevel=2)
     return folded.eval()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    has_tensors = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    return has_tensors and "Norm" in type(module).__name__
 
 
 def fold_batchnorms(model: nn.Module) -> None:

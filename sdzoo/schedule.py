@@ -24,6 +24,7 @@ def linear_decay(num_blocks: int, final_survival_prob: float = DEFAULT_FINAL_SUR
     Raises:
         InputError: if ``final_survival_prob`` is not in (0, 1].
     """
+    _check_arguments(num_blocks, final_survival_prob)
     probs = [1 - block / num_blocks * (1 - final_survival_prob) for block in range(1, num_blocks + 1)]
     return check_survival_probs(probs, num_blocks, f"linear_decay to {final_survival_prob}")
 
@@ -34,11 +35,13 @@ def uniform(num_blocks: int, final_survival_prob: float = DEFAULT_FINAL_SURVIVAL
     Raises:
         InputError: if ``final_survival_prob`` is not in (0, 1].
     """
+    _check_arguments(num_blocks, final_survival_prob)
     return check_survival_probs([final_survival_prob] * num_blocks, num_blocks, f"uniform {final_survival_prob}")
 
 
 def constant_depth(num_blocks: int) -> list[float]:
     """Return ``p_l = 1`` for every block: no stochastic depth."""
+    _check_arguments(num_blocks)
     return [1.0] * num_blocks
 
 
@@ -196,6 +199,13 @@ def _resolve_stagewise(
     if survival_probs is None:
         raise InputError(f"stagewise needs survival_probs, {stages}")
     return check_survival_probs(stagewise(survival_probs, blocks_per_stage), num_blocks, "stagewise")
+
+
+def _check_arguments(num_blocks: int, final_survival_prob: float = 1.0) -> None:
+    if not _whole(num_blocks) or num_blocks < 1:
+        raise InputError(f"num_blocks is {num_blocks!r}; it must be a whole number, at least 1")
+    if not is_number(final_survival_prob):
+        raise InputError(f"final_survival_prob is {final_survival_prob!r}; it must lie in (0, 1]")
 
 
 def is_number(value: object) -> bool:

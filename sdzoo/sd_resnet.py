@@ -17,6 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from sdzoo.builder import SURVIVAL_SETTINGS, build
+from sdzoo.errors import InputError
 from sdzoo.gate import gates
 from sdzoo.stochastic_depth import add_gates, remove_gates
 
@@ -73,6 +74,8 @@ def to_timm(model: nn.Module) -> nn.Module:
         InputError: if ``model`` is in training mode, has no gates, or has blocks that timm does not have.
     """
     gates(model)
+    if type(model) is not SDResNet and any(cls.__module__.startswith("sdzoo.") for cls in type(model).__mro__):
+        raise InputError(f"timm has no network like sdzoo's own {type(model).__name__}")
     stock: Any = copy.deepcopy(model)
     remove_gates(stock)
     if type(model) is SDResNet:

@@ -18,7 +18,7 @@ from sdzoo.branch_ends import class_name
 from sdzoo.errors import InputError
 from sdzoo.gate import Gate
 from sdzoo.residual import ResidualBlock, residual_blocks
-from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, SCHEDULES, is_probability, resolve_survival_probs
+from sdzoo.schedule import DEFAULT_FINAL_SURVIVAL_PROB, is_probability, resolve_survival_probs
 from sdzoo.timm_blocks import GATED, STOCK, become_gated, become_stock, drop_timms_drop_path, is_residual
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +56,11 @@ def add_gates(
                 setattr(block, name, Gate(p, mode, explicit, device))
         else:
             become_gated(block, survival_prob=p, mode=mode, explicit=explicit, device=device)
+    refuse_lost_gates(model)
+
+
+def refuse_lost_gates(model: nn.Module) -> None:
+    """Make ``model`` refuse weights in which some blocks have survival probabilities and others lost theirs."""
     model.register_load_state_dict_pre_hook(_check_no_gate_is_lost)
 
 
@@ -68,7 +73,8 @@ def add_stochastic_depth(
     """Return a new model of the same class whose residual branches are skipped in training; ``model`` is left alone.
 
     In evaluation it computes what ``model`` does: each branch is weighted by p and its weights are divided by p. The
-    model's own ``DropPath`` is replaced. The two branches of a transformer block share p and draw independently.
+    model's own ``DropPath`` is replaced. The two branches of a transformer block share p and draw independently. What
+    has no ``drop_path`` of timm's is not taken for a residual block, and stays as it is.
 
     Args:
         model: A timm model made of known residual blocks: those of ResNet (ResNeXt, SE, ECA), ResNetV2, RegNet,
@@ -85,13 +91,15 @@ def add_stochastic_depth(
         raise InputError("the model is compiled: add stochastic depth to the one that was, then compile the result")
     if not isinstance(model, nn.Module):
         raise InputError(f"{model!r:.80} is not a model: create it first, with timm.create_model")
-    if schedule is None:
-        raise InputError(f"schedule is None; it must be a list, or one of {', '.join(SCHEDULES)}")
+    if schedule is None or (isinstance(schedule, str) and schedule == "stagewise"):
+        raise InputError(f"schedule is {schedule}; it must be linear, uniform, constant_depth, or p_l of every block")
+    if not is_probability(final_survival_prob):
+        raise InputError(f"final_survival_prob is {final_survival_prob!r}; it must lie in (0, 1]")
     drop_path_rate = None
     if isinstance(schedule, str) and schedule != "constant_depth":
-        if not is_probability(final_survival_prob):
-            raise InputError(f"final_survival_prob is {final_survival_prob!r}; it must lie in (0, 1]")
         drop_path_rate = 1 - float(final_survival_prob)
+    elif final_survival_prob != DEFAULT_FINAL_SURVIVAL_PROB:
+        raise InputError(f"final_survival_prob is {final_survival_prob}, but the schedule already says every p_l")
     _check_scalable(model, _blocks_without_gates(model))  # before the copy, which some of what it refuses cannot be
     gated = copy.deepcopy(model)
     add_gates(gated, drop_path_rate, schedule, mode=mode)
@@ -135,11 +143,13 @@ def _blocks_without_gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, ResidualBlock) or (type(module) in GATED and is_residual(module))
     ]
     unknown = sorted({_owner(model, name) for name, module in model.named_modules() if _is_unknown_residual(module)})
-    folded = [name for name, module in found if type(module) in STOCK]
+    folded = [name for name, module in found if type(module) in STOCK or _is_folded(module)]
     if folded:
         raise InputError(f"{type(model).__name__} is folded ({folded[0]}): add stochastic depth, then fold")
     if unknown or not found:
-        what = f"residual blocks of unknown class: {', '.join(unknown)}" if unknown else "no residual block"
+        parts = sorted({class_name(type(m)) for m in model.modules() if not type(m).__module__.startswith("torch.")})
+        made_of = f", being made of {', '.join(parts[:8])}" if parts else ""
+        what = f"residual blocks of unknown class: {', '.join(unknown)}" if unknown else f"no residual block{made_of}"
         raise InputError(f"{type(model).__name__} has {what}; known are {KNOWN}")
     return found
 
@@ -150,6 +160,10 @@ def _is_unknown_residual(module: nn.Module) -> bool:
         return False
     members = {**vars(module), **module._modules}
     return any(name.startswith("drop_path") and _is_module_or_none(value) for name, value in members.items())
+
+
+def _is_folded(block: nn.Module) -> bool:
+    return isinstance(block, ResidualBlock) and isinstance(getattr(block, "bn2", None), nn.Identity)
 
 
 def _owner(model: nn.Module, name: str) -> str:

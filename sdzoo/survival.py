@@ -26,7 +26,8 @@ def survival_probs(model: nn.Module) -> list[float]:
 def set_survival(model: nn.Module, probs: Sequence[float]) -> None:
     """Give every gate its p of ``probs``, in place, and rescale its branch by p_old / p_new.
 
-    Training changes; the evaluation function stays within rounding.
+    Training changes; the evaluation function stays within rounding. An EMA of the model needs the same call: timm's
+    averages the weights from before with those from after.
 
     Raises:
         InputError: if there is not one number in (0, 1] per gate, or a weight would overflow; nothing has changed then.

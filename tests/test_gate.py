@@ -285,3 +285,27 @@ def test_a_jit_trace_in_training_is_refused() -> None:
     model = timm.create_model("sd_resnet20").train()
     with pytest.raises(InputError, match="a trace would freeze this draw"):
         torch.jit.trace(model, torch.randn(2, 3, 16, 16), check_trace=False)
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_the_draw_follows_set_draw_probs_and_evaluation_keeps_p(mode: str) -> None:
+    model = nn.Sequential(Gate(0.9, mode), Gate(0.5, mode)).train()
+    sdzoo.set_draw_probs(model, [0.2, 1.0])
+    torch.manual_seed(0)
+    if mode == "batch":
+        rates = [sum(gate.draw() for _ in range(2000)) / 2000 for gate in gates(model)]
+    else:
+        rates = [float(gate(torch.ones(2000, 1)).mean()) for gate in gates(model)]
+    assert abs(rates[0] - 0.2) < 4 * (0.16 / 2000) ** 0.5
+    assert rates[1] == 1.0
+    assert [gate.eval()(torch.ones(1)).item() for gate in gates(model)] == pytest.approx([0.9, 0.5])
+    sdzoo.set_draw_probs(model, None)
+    assert [gate.draw_prob for gate in gates(model)] == [None, None]
+
+
+def test_set_survival_ends_a_warm_up() -> None:
+    model = timm.create_model("sd_resnet20").train()
+    sdzoo.set_draw_probs(model, [1.0] * 9)
+    sdzoo.set_survival(model, [0.01] * 9)
+    model(torch.randn(2, 3, 16, 16))
+    assert not all(sdzoo.live_blocks(model))

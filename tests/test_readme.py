@@ -29,6 +29,7 @@ def test_the_table_of_models_is_what_the_models_are() -> None:
         expected = [
             f"{s.parameters:,}",
             f"{s.macs / 1e6:,.0f} M",
+            f"{s.training_macs / 1e6:,.0f} M",
             s.layers,
             s.blocks,
             f"{s.expected_live_blocks:.2f}",

@@ -357,3 +357,18 @@ def test_epochs_that_cannot_be_are_refused(name: str, wrong: Any) -> None:
 def test_warm_up_refuses_what_is_no_probability(wrong: Any) -> None:
     with pytest.raises(InputError, match=r"survival_probs\[1\] .*warm_up"):
         warm_up([0.5, wrong], 1, 2)
+
+
+@pytest.mark.parametrize("miss", [1e-6, 1e-8])
+def test_a_budget_just_out_of_reach_is_refused(miss: float) -> None:
+    lowest = 0.5 * (1 + 0.2)
+    assert sum(budget([1.0, 0.9], lowest, p_min=0.2)) / 2 == pytest.approx(lowest, abs=1e-12)
+    with pytest.raises(InputError, match=r"lowest that can be reached is 0\.6"):
+        budget([1.0, 0.9], lowest - miss, p_min=0.2)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0.5), (-1, 0.5), (3.5, 0.5), (3, "a"), (3, None), (True, 0.5)])
+def test_schedules_check_their_arguments(arguments: tuple[Any, Any]) -> None:
+    for function in (linear_decay, uniform):
+        with pytest.raises(InputError, match=r"num_blocks is|final_survival_prob is"):
+            function(*arguments)

@@ -413,7 +413,7 @@ def part_in_training() -> Net:
     [
         (lambda: timm.create_model("sd_resnet18").train(), "training mode"),
         (part_in_training, "training mode"),
-        (lambda: timm.create_model("sd_resnet20").eval(), "sdzoo's own BasicBlock"),
+        (lambda: timm.create_model("sd_resnet20").eval(), "sdzoo's own SDResNetCifar"),
         (lambda: sdzoo.fold(timm.create_model("sd_resnet18").eval()), "no gates"),
         (lambda: timm.create_model("resnet18").eval(), "no gates"),
         (lambda: sdzoo.to_timm(timm.create_model("sd_resnet18").eval()), "no gates"),

@@ -554,7 +554,30 @@ def test_frozen_batchnorm(images: Tensor) -> None:
     model = freeze_batch_norm_2d(model)
     gated = sdzoo.add_stochastic_depth(model)
     close(evaluate(model, images), evaluate(gated, images), tol=1e-10)
-    close(evaluate(model, images), evaluate(sdzoo.fold(gated.eval()), images), tol=1e-10)
+    with pytest.warns(UserWarning, match="fold keeps 20 FrozenBatchNorm2d"):
+        folded = sdzoo.fold(gated.eval())
+    close(evaluate(model, images), evaluate(folded, images), tol=1e-10)
+
+
+def test_what_a_lists_probabilities_leave_unused_is_refused() -> None:
+    for arguments in ((0.9, [0.5] * 8), (0.3, "constant_depth"), (7, [0.5] * 8), (0.5, "stagewise")):
+        with pytest.raises(InputError, match=r"final_survival_prob is|schedule is stagewise"):
+            sdzoo.add_stochastic_depth(resnet18(), *arguments)
+
+
+@pytest.mark.parametrize("arch", ["sd_resnext29_8x64", "sd_wide_resnet16_4", "sd_resnet20"])
+def test_to_timm_of_sdzoos_own_networks_is_refused(arch: str) -> None:
+    with pytest.raises(InputError, match="timm has no network like sdzoo's own"):
+        sdzoo.to_timm(timm.create_model(arch).eval())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_feature_extractor_refuses_weights_that_lost_a_probability(strict: bool) -> None:
+    model = timm.create_model("sd_resnet18", features_only=True)
+    state = model.state_dict()
+    del state["layer1.0.gate.survival_prob"]
+    with pytest.raises(RuntimeError, match=r"missing for layer1\.0\.gate\.survival_prob and there for the others"):
+        model.load_state_dict(state, strict=strict)
 
 
 def resnet18(**kwargs: Any) -> Net:
