@@ -266,6 +266,7 @@ def test_verification_falls_back_to_seeded_noise(in_chans: int, batch_sizes: tup
         ({"num_classes": 0}, (64,), NODES - {"Gemm"}),
         ({"num_classes": 0, "global_pool": ""}, (64, 8, 8), NODES - {"Gemm", "Flatten", "GlobalAveragePool"}),
         ({"global_pool": "max"}, (10,), NODES - {"GlobalAveragePool"} | {"GlobalMaxPool"}),
+        ({"global_pool": "fast"}, (10,), NODES - {"GlobalAveragePool", "Flatten"} | {"ReduceMean"}),
         ({"in_chans": 1, "num_classes": 3}, (3,), NODES),
         ({"in_chans": 4, "drop_rate": 0.5}, (10,), NODES),
         ({"pretrained_cfg_overlay": {"input_size": (3, 33, 33)}}, (10,), NODES),
@@ -487,7 +488,7 @@ def test_models_without_stochastic_depth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kwargs", "named"),
-    [({"act_layer": "gelu"}, "gelu"), ({"act_layer": "silu"}, "SiLU"), ({"global_pool": "fast"}, "mean")],
+    [({"act_layer": "gelu"}, "gelu"), ({"act_layer": "silu"}, "SiLU"), ({"global_pool": "fastmax"}, "amax")],
 )
 def test_parts_without_onnx_counterpart_are_named(tmp_path: Path, kwargs: dict[str, Any], named: str) -> None:
     assert f"{named} cannot be exported" in refused(calibrated("sd_resnet20", **kwargs), tmp_path / "model.onnx")

@@ -58,7 +58,7 @@ def after_step(number: int, action: Callable[[Optimizer], None]) -> Iterator[Non
 
 
 def interrupt(number: int = signal.SIGINT) -> Callable[[Optimizer], None]:
-    return lambda _: os.kill(os.getpid(), number)
+    return lambda _: signal.raise_signal(number)
 
 
 def plan(seed: int, step: int, probs: list[float]) -> list[bool]:
