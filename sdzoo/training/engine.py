@@ -311,11 +311,13 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # The defaults, not what was there before: a shell starts what runs in the background with SIGINT ignored.
+    at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in at_once}
 
     def ask(number: int, _: Any) -> None:
         stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, at_once[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, ask)

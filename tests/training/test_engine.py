@@ -445,13 +445,19 @@ def test_killed_run_goes_on_from_its_last_epoch(finished_run: Any, image_folder:
     assert_same_run(tmp_path / "run", finished_run.output)
 
 
-def test_second_signal_acts_at_once(image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_second_signal_acts_at_once(image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, before: Any) -> None:
     def twice(optimizer: Optimizer) -> None:
         interrupt()(optimizer)
         interrupt()(optimizer)
 
-    with after_step(6, twice), pytest.raises(KeyboardInterrupt):
-        train(make_recipe(), image_folder, tmp_path / "run", device="cpu")
+    outside = signal.signal(signal.SIGINT, before)
+    try:
+        with after_step(6, twice), pytest.raises(KeyboardInterrupt):
+            train(make_recipe(), image_folder, tmp_path / "run", device="cpu")
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert set(files(tmp_path / "run")) == {"best.safetensors", "last.pth", "log.csv", "recipe.yaml"}
     assert read_checkpoint(tmp_path / "run" / "last.pth")[1]["epoch"] == 1
 
