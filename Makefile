@@ -1,16 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow test-gpu check clean
 
 demo: .venv/installed
 	$(BIN)/sdzoo demo -o demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/installed
+	$(BIN)/python tests/gpu
 
 check: .venv/installed
 	$(BIN)/ruff check .

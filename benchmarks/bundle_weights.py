@@ -20,7 +20,7 @@ from sdzoo.deploy.runtime import model_predictor
 from sdzoo.digest import file_sha256, state_sha256
 from sdzoo.survival import survival_probs
 from sdzoo.training.checkpoint import load_model, read_checkpoint
-from sdzoo.training.evaluate import evaluate_predictor
+from sdzoo.training.evaluate import DataSplit, evaluate_predictor
 
 CARD = """---
 {facts}---
@@ -75,7 +75,7 @@ def main() -> None:
     model = load_model(arguments.run / "best.safetensors")
     predictor = model_predictor(model)
     results = {
-        split: evaluate_predictor(predictor, header["labels"], predictor.config, arguments.data_dir, split)
+        split: evaluate_predictor(predictor, header["labels"], predictor.config, DataSplit(arguments.data_dir, split))
         for split in (recipe["val_split"], "test")
     }
     val, test = results[recipe["val_split"]], results["test"]

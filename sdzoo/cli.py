@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +20,8 @@ from sdzoo.errors import InputError, ParityError
 if TYPE_CHECKING:
     from sdzoo.deploy.benchmark import Timing
     from sdzoo.deploy.runtime import Predictor
+    from sdzoo.training.evaluate import Evaluation
+    from sdzoo.training.recipe import Recipe
     from sdzoo.zoo import Summary
 
 BUNDLED = "sd_resnet20.cifar10_jpeg"
@@ -27,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's own) and return its exit code."""
     arguments = _parser().parse_args(argv)
     # What is heavy is imported by the command that needs it, so that --help answers at once.
+    from sdzoo.training.distributed import LostProcess
     from sdzoo.training.engine import Diverged, Interrupted
 
     try:
@@ -41,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(130, "interrupted")
     except BrokenPipeError:  # the reader has seen enough; nor shall the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ParityError, OSError) as error:
+    except (ParityError, LostProcess, OSError) as error:
         return _fail(1, str(error))
     return 0
 
@@ -127,27 +132,127 @@ def _takes(text: str) -> bool:
     return True
 
 
+def _recipe_list(arguments: argparse.Namespace) -> None:
+    from sdzoo.training.recipe_file import recipe_header, shipped_recipes
+
+    shipped = shipped_recipes()
+    width = max(map(len, shipped)) + 2
+    for name, path in shipped.items():
+        first_words = re.split(r"[.:;] ", recipe_header(path).what)[0].rstrip(".")
+        print(f"{name:<{width}}{first_words}")
+    print(f"\nnext: sdzoo recipe show {next(iter(shipped))}")
+
+
+def _recipe_show(arguments: argparse.Namespace) -> None:
+    from sdzoo.training.recipe_file import find_recipe
+
+    print(find_recipe(arguments.recipe).read_text(encoding="utf-8"), end="")
+
+
+def _recipe_copy(arguments: argparse.Namespace) -> None:
+    from sdzoo.training.recipe_file import copy_recipe
+
+    copy = copy_recipe(arguments.recipe, arguments.folder)
+    print(f"wrote {copy}\nnext: sdzoo train {copy} --data-dir DIR --dry-run")
+
+
 def _train(arguments: argparse.Namespace) -> None:
-    from sdzoo.training.engine import train
-    from sdzoo.training.recipe import find_recipe, load_recipe
+    from sdzoo.training.distributed import LostProcess
+    from sdzoo.training.engine import Comforts, train
+    from sdzoo.training.recipe_file import find_recipe, load_recipe
 
     path = find_recipe(arguments.recipe)
     recipe = load_recipe(path)
+    if arguments.dry_run:
+        _dry_run(recipe, arguments)
+        return
     output = Path(arguments.output or Path("runs") / path.stem)
-    print(f"training {recipe.model} by {path} on {arguments.data_dir} for {recipe.epochs} epochs into {output}")
-    best = train(recipe, arguments.data_dir, output, arguments.resume, arguments.device)
-    print(f"done: {best}\nnext: sdzoo eval {best} --data-dir {arguments.data_dir} --split test")
+    data = arguments.data_dir or recipe.data_dir
+    leads = int(os.environ.get("RANK", 0)) == 0
+    if leads:
+        print(f"training {recipe.model} by {path} on {data} for {recipe.epochs} epochs into {output}", flush=True)
+    comforts = Comforts(arguments.checkpoint_interval_s, arguments.tensorboard, arguments.profile)
+    try:
+        best = train(recipe, data, output, arguments.resume, arguments.device, arguments.force, comforts)
+    except LostProcess as error:
+        if leads and (output / "last.pth").is_file():
+            raise LostProcess(f"{error}; go on with: {_resume_command()}") from None
+        raise
+    if leads:
+        dataset = f" --dataset {recipe.dataset}" if recipe.dataset else ""
+        print(f"done: {best}\nnext: sdzoo eval {best} --data-dir {data}{dataset} --split test")
+
+
+def _resume_command() -> str:
+    """Return the command that goes on with this run in as many processes."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = int(os.environ.get("WORLD_SIZE", 1)) // here
+    start = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else []), f"--nproc-per-node={here}", "-m", "sdzoo"]
+    given = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return shlex.join([*start, *given, "--resume"])
+
+
+def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from sdzoo.training.dry_run import dry_run
+
+    print(f"measuring a few steps of {recipe.model}; nothing is written", flush=True)
+    cost = dry_run(recipe, arguments.data_dir, arguments.device)
+    low, middle, high = (1000 * value for value in cost.step_s)
+    many = f", {cost.processes} processes" if cost.processes > 1 else ""
+    rows = {
+        "model": f"{recipe.model}, {cost.parameters:,} parameters, {cost.blocks} blocks",
+        "data": f"{cost.training_images:,} images to train on, {cost.validation_images:,} to validate",
+        "steps": f"{cost.steps_per_epoch:,} an epoch, {cost.epochs} epochs, {cost.steps:,} in all{many}",
+        "cost": f"{cost.relative_macs:.1%} of constant depth (multiply-accumulates, mean over the gates)",
+        "memory": f"{cost.memory_mib:,.0f} MiB at most, in this process",
+        "time": f"{middle:.0f} ms a step (quartiles {low:.0f} - {high:.0f}): about "
+        f"{tqdm.format_interval(cost.training_s)} in all, validation not counted",
+    }
+    for name, value in rows.items():
+        print(f"{name:<8}{value}")
+    data = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
+    print(f"next: sdzoo train {arguments.recipe}{data}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from sdzoo.plots import draw_runs
+
+    for path in draw_runs(arguments.runs, arguments.output):
+        print(f"wrote {path}")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from sdzoo.training.evaluate import evaluate_predictor
+    from sdzoo.training.evaluate import DataSplit, evaluate_predictor, recalibration_batches
 
+    split = DataSplit(arguments.data_dir, arguments.split, arguments.dataset, arguments.skip_corrupt)
     predictor = _predictor(arguments)
-    print(f"evaluating {arguments.model} ({predictor.provider}) on {arguments.data_dir}/{arguments.split}")
-    result = evaluate_predictor(predictor, predictor.labels, predictor.config, arguments.data_dir, arguments.split)
-    print(
+    if arguments.recalibrate_bn and arguments.model.endswith(".onnx"):
+        raise InputError("--recalibrate-bn is for PyTorch models: a folded one has no BatchNorm left")
+    print(f"evaluating {arguments.model} ({predictor.provider}) on {split}", flush=True)
+    result = evaluate_predictor(predictor, predictor.labels, predictor.config, split)
+    print(_said(result))
+    if not arguments.recalibrate_bn:
+        return
+
+    from sdzoo.calibration import recalibrate_batchnorm
+    from sdzoo.deploy.runtime import model_predictor
+    from sdzoo.zoo import open_model
+
+    source = DataSplit(arguments.data_dir, arguments.train_split, arguments.dataset, arguments.skip_corrupt)
+    print(f"BatchNorm re-estimated at full depth on {arguments.recalibrate_bn} images of {source}", flush=True)
+    model = open_model(arguments.model, arguments.arch)
+    recalibrate_batchnorm(model, recalibration_batches(predictor.config, source, arguments.recalibrate_bn))
+    again = evaluate_predictor(model_predictor(model), predictor.labels, predictor.config, split)
+    print(f"{_said(again)}; top-1 {again.top1_percent - result.top1_percent:+.2f} points")
+
+
+def _said(result: Evaluation) -> str:
+    corrupt = f" ({len(result.corrupt)} corrupt left out: {', '.join(result.corrupt[:5])})" if result.corrupt else ""
+    return (
         f"top-1 {result.top1_percent:.2f} %, top-5 {result.top5_percent:.2f} %, loss {result.loss:.4f} "
-        f"on {result.images} images"
+        f"on {result.images} images{corrupt}"
     )
 
 
@@ -232,7 +337,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sdzoo {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, help: str, example: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None] | None, help: str, example: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=help,
@@ -256,19 +363,52 @@ def _parser() -> argparse.ArgumentParser:
     added = command("info", _info, "say what a model is made of", "sdzoo info sd_resnet110")
     added.add_argument("model", help="name of a model")
 
-    example = "sdzoo train sd_resnet20.cifar10_jpeg --data-dir cifar10 -o runs/first"
+    added = command("recipe", None, "list, show or copy the recipes that ship", "sdzoo recipe copy smoke .")
+    actions = added.add_subparsers(required=True, metavar="list | show | copy", parser_class=_Parser)
+    action = actions.add_parser("list", help="names, and what each is")
+    action.set_defaults(run=_recipe_list)
+    action = actions.add_parser("show", help="print a recipe")
+    action.add_argument("recipe", help="a YAML file, or the name of a recipe that ships")
+    action.set_defaults(run=_recipe_show)
+    action = actions.add_parser("copy", help="copy a recipe, to be edited")
+    action.add_argument("recipe", help="the name of a recipe that ships")
+    action.add_argument("folder", nargs="?", default=".", help="where to (default: here)")
+    action.set_defaults(run=_recipe_copy)
+
+    example = (
+        "sdzoo train sd_resnet20.cifar10_jpeg --data-dir cifar10 -o runs/first\n"
+        "  torchrun --nproc-per-node 2 -m sdzoo train modern_sd_resnet56 --data-dir data"
+    )
     added = command("train", _train, "train a model by a recipe", example)
     added.add_argument("recipe", help="a YAML file, or the name of a recipe that ships")
-    added.add_argument("--data-dir", required=True, help="folder with <split>/<class>/<image>")
-    added.add_argument("-o", "--output", help="folder for checkpoints and log (default: runs/<recipe>)")
+    added.add_argument("--data-dir", help="where the data is (default: data_dir of the recipe)")
+    added.add_argument("-o", "--output", help="folder for checkpoints and logs (default: runs/<recipe>)")
     added.add_argument("--resume", action="store_true", help="go on where the run in the output folder stopped")
+    added.add_argument("--force", action="store_true", help="resume although recipe or data are others than the run's")
     added.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    added.add_argument("--dry-run", action="store_true", help="say what it would take, from a few steps; write nothing")
+    added.add_argument(
+        "--checkpoint-interval-s", type=_seconds, default=300.0, metavar="S", help="between checkpoints (default: 300)"
+    )
+    added.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too")
+    added.add_argument("--profile", action="store_true", help="profile ten steps into profile.txt and trace.json")
+
+    example = "sdzoo plot runs/cifar10_sd_resnet110 runs/cifar10_constant_depth_resnet110 -o figure"
+    added = command("plot", _plot, "draw one run or several into one picture, as PNG and SVG", example)
+    added.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of runs")
+    added.add_argument("-o", "--output", type=Path, default=Path("plot"), help="name of the picture (default: plot)")
 
     example = f"sdzoo eval {BUNDLED} --data-dir cifar10 --split test"
     added = command("eval", _eval, "measure top-1 of a model, a checkpoint or an .onnx file", example)
     added.add_argument("model", help="name of a model, a checkpoint, or an .onnx file")
-    added.add_argument("--data-dir", required=True, help="folder with <split>/<class>/<image>")
-    added.add_argument("--split", default="test", help="name of the split's folder (default: test)")
+    added.add_argument("--data-dir", required=True, help="where the data is: by default a folder of <split>/<class>/")
+    added.add_argument("--split", default="test", help="name of the split (default: test)")
+    added.add_argument("--dataset", default="", help="torch/cifar10, wds/..., as in recipes (default: class folders)")
+    added.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read, and say so")
+    added.add_argument(
+        "--recalibrate-bn", type=_positive, metavar="N", help="measure again with BatchNorm of N training images"
+    )
+    added.add_argument("--train-split", default="train", help="where those N come from (default: train)")
     model_options(added, runs=True)
 
     added = command("predict", _predict, "classify pictures", "sdzoo predict cat.jpg dog.jpg --model demo/model.onnx")
@@ -300,6 +440,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
 
 
 def _onnx_file(text: str) -> Path:

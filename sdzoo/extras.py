@@ -6,7 +6,14 @@ import importlib.util
 
 from sdzoo.errors import InputError
 
-EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "matplotlib": "plots"}
+EXTRAS = {
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "matplotlib": "plots",
+    "tensorboard": "tensorboard",
+    "scipy": "svhn",
+    "webdataset": "webdataset",
+}
 
 
 class MissingExtra(InputError, ImportError):

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from sdzoo import weights
 from sdzoo.errors import InputError
-from sdzoo.gate import Gate, fixed_gates, gates
+from sdzoo.macs import count_macs, gates_of
 from sdzoo.registry import check_name, models, tags
 from sdzoo.training.checkpoint import load_model
 
@@ -70,52 +65,18 @@ def summarise(name: str) -> Summary:
 def _measured(name: str, input_size: tuple[int, int, int], num_classes: int) -> Summary:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=num_classes)
-        image = torch.zeros(1, *input_size)
-    blocks = [module for module in model.modules() if _gates_of(module)]
-    probs = [_gates_of(block)[0].read() for block in blocks]
-    macs, computed = _macs(model.eval(), image, blocks)
-    with fixed_gates(model.train(), [0] * len(gates(model))):
-        base, skipped = _macs(model, image, blocks)
+    probs = [own[0].read() for module in model.modules() if (own := gates_of(module))]
+    macs = count_macs(model, input_size)
     return Summary(
         name=name,
         input_size=input_size,
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=macs,
-        training_macs=base + sum(p * (a - b) for p, a, b in zip(probs, computed, skipped, strict=True)),
+        macs=macs.evaluation,
+        training_macs=macs.training,
         layers=sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()),
         survival_probs=tuple(probs),
         weights=tuple(f"{name}.{tag}" for tag in tags(name)),
     )
-
-
-def _gates_of(module: nn.Module) -> list[Gate]:
-    return [child for child in module.children() if isinstance(child, Gate)]
-
-
-def _macs(model: nn.Module, image: Tensor, blocks: Sequence[nn.Module]) -> tuple[int, list[int]]:
-    """Return the multiply-accumulates of a forward, and those inside each block."""
-    flops = dict.fromkeys(blocks, 0)
-
-    def enter(block: nn.Module, *_: object) -> None:
-        flops[block] -= counter.get_total_flops()
-
-    def leave(block: nn.Module, *_: object) -> None:
-        flops[block] += counter.get_total_flops()
-
-    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
-    hooks += [block.register_forward_hook(leave) for block in blocks]
-    with FlopCounterMode(display=False) as counter, _WithoutBatchNorm(), torch.no_grad():
-        model(image)
-    for hook in hooks:
-        hook.remove()
-    return counter.get_total_flops() // 2, [count // 2 for count in flops.values()]
-
-
-class _WithoutBatchNorm(TorchFunctionMode):
-    """Leaves BatchNorm out, of which nothing is counted: on the meta device it takes longer than all else."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is F.batch_norm else func(*args, **(kwargs or {}))
 
 
 def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = True) -> nn.Module:

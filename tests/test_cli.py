@@ -44,7 +44,14 @@ RECIPE = {
     "batch_size": 6,
     "lr": 0.05,
     "sched_on_updates": True,
+    "warmup_epochs": 0,
     "train_crop_mode": "pad4",
+    "color_jitter": 0.0,
+    "smoothing": 0.0,
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "val_split": "val",
+    "workers": 0,
 }
 PREDICTION = re.compile(r"(\S+) (\d+\.\d\d) %")
 
@@ -197,7 +204,10 @@ def test_version(capsys: Capture) -> None:
         (["info"], "model"),
         (["predict"], "image"),
         (["eval", BUNDLED], "--data-dir"),
-        (["train", "x.yaml"], "--data-dir"),
+        (["train"], "recipe"),
+        (["train", "x.yaml", "--checkpoint-interval-s", "soon"], "soon is not a number of seconds"),
+        (["recipe"], "list | show | copy"),
+        (["plot"], "RUN"),
         (["export", BUNDLED], "-o/--output"),
         (["export", BUNDLED, "-o", "model.txt"], "model.txt does not end in .onnx"),
         (["bench", BUNDLED, "--runs", "0"], "--runs: 0 is not a number of at least 1"),
@@ -656,7 +666,15 @@ def test_demo_into_a_file(capsys: Capture, tmp_path: Path) -> None:
 
 
 def test_train_writes_its_folder_and_says_the_next_command(trained: Run, data: Path) -> None:
-    assert sorted(os.listdir(trained.folder)) == ["best.safetensors", "last.pth", "log.csv", "recipe.yaml"]
+    assert sorted(os.listdir(trained.folder)) == [
+        ".lock",
+        "best.safetensors",
+        "last.pth",
+        "log.csv",
+        "recipe.yaml",
+        "result.json",
+        "steps.csv",
+    ]
     assert f"next: sdzoo eval {trained.best} --data-dir {data} --split test" in trained.out
     assert "epoch 2/2" in trained.out
 
@@ -768,7 +786,68 @@ def test_recipe_that_is_none(capsys: Capture, tmp_path: Path, data: Path, text: 
 
 
 def test_recipe_that_is_not_there_lists_those_that_ship(capsys: Capture, data: Path) -> None:
-    assert f"those are: {BUNDLED}" in refused(capsys, "train", "sd_resnet21", "--data-dir", data)
+    message = refused(capsys, "train", "smok", "--data-dir", data)
+    assert "nearest: smoke; those are: cifar100_constant_depth_resnet110, " in message
+    assert f", {BUNDLED}, smoke, " in message
+
+
+def test_train_without_data(capsys: Capture, trained: Run, tmp_path: Path) -> None:
+    assert "give --data-dir, or data_dir in the recipe" in refused(
+        capsys, "train", trained.recipe, "-o", tmp_path / "x"
+    )
+
+
+def test_data_dir_of_the_recipe(capsys: Capture, tmp_path: Path, data: Path) -> None:
+    recipe = write_recipe(tmp_path / "x.yaml", epochs=1, data_dir=str(data))
+    assert f" on {data} for 1 epochs" in done(capsys, "train", recipe, "-o", tmp_path / "run")
+
+
+def test_dry_run_says_what_it_would_take_and_writes_nothing(capsys: Capture, trained: Run, data: Path) -> None:
+    said = done(capsys, "train", trained.recipe, "--data-dir", data, "--dry-run", "-o", trained.folder)
+    assert "12 images to train on, 6 to validate" in said
+    assert "2 an epoch, 2 epochs, 4 in all" in said
+    assert "72.7% of constant depth" in said  # 29.5 of 40.5 million: facts of the 20-layer network, as sdzoo list
+    assert said.endswith(f"next: sdzoo train {trained.recipe} --data-dir {data}\n")
+    assert "12 images to train on" in done(capsys, "train", trained.recipe, "--data-dir", data, "--dry-run")
+
+
+def test_recipes_are_listed_shown_and_copied(capsys: Capture, tmp_path: Path) -> None:
+    recipes = Path(sdzoo.__file__).parents[1] / "recipes"
+    listed = done(capsys, "recipe", "list").splitlines()
+    assert [line.split()[0] for line in listed[:-2]] == sorted(path.stem for path in recipes.glob("*.yaml"))
+    assert done(capsys, "recipe", "show", "smoke") == (recipes / "smoke.yaml").read_text()
+    assert f"wrote {tmp_path / 'smoke.yaml'}" in done(capsys, "recipe", "copy", "smoke", tmp_path)
+    assert (tmp_path / "smoke.yaml").read_bytes() == (recipes / "smoke.yaml").read_bytes()
+    assert "already exists" in refused(capsys, "recipe", "copy", "smoke", tmp_path)
+    assert "nearest: smoke" in refused(capsys, "recipe", "show", "smok")
+
+
+def test_runs_are_drawn(capsys: Capture, trained: Run, tmp_path: Path) -> None:
+    said = done(capsys, "plot", trained.folder, "-o", tmp_path / "figure")
+    assert said == f"wrote {tmp_path / 'figure.png'}\nwrote {tmp_path / 'figure.svg'}\n"
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "is not the folder of a run" in refused(capsys, "plot", tmp_path, "-o", tmp_path / "none")
+
+
+def test_batchnorm_is_estimated_again_and_the_effect_is_said(capsys: Capture, trained: Run, data: Path) -> None:
+    said = done(capsys, "eval", trained.best, "--data-dir", data, "--recalibrate-bn", 11).splitlines()
+    before, after = (float(re.findall(r"top-1 (\d+\.\d\d) %", line)[0]) for line in (said[1], said[3]))
+    assert f"BatchNorm re-estimated at full depth on 11 images of {data}/train" in said[2]
+    assert said[3].endswith(f"top-1 {after - before:+.2f} points")
+    again = sdzoo_command(capsys, "eval", trained.best, "--data-dir", data, "--recalibrate-bn", 13)
+    assert again.code == 2
+    assert again.err == f"sdzoo: --recalibrate-bn 13: {data}/train has 12 images\n"
+
+
+def test_corrupt_pictures_are_left_out_when_asked_for(
+    capsys: Capture, trained: Run, tmp_path: Path, data: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    bad = next((tmp_path / "data" / "test").rglob("0.png"))
+    bad.write_bytes(b"no picture")
+    assert str(bad) in refused(capsys, "eval", trained.best, "--data-dir", tmp_path / "data")
+    said = done(capsys, "eval", trained.best, "--data-dir", tmp_path / "data", "--skip-corrupt")
+    assert f"on 5 images (1 corrupt left out: {bad})" in said
 
 
 @pytest.mark.parametrize(
@@ -777,8 +856,8 @@ def test_recipe_that_is_not_there_lists_those_that_ship(capsys: Capture, data: P
         ({"model": "sd_resnet111"}, '"sd_resnet111" is not a model; nearest: sd_resnet110'),
         ({"num_classes": 4}, "has 3 classes"),
         ({"num_classes": "left out"}, "has 3 classes"),
-        ({"batch_size": 13}, "12 training images do not fill a batch of 13"),
-        ({"drop_path": 1.0}, "drop_path is 1.0; it must lie in [0, 1)"),
+        ({"batch_size": 13}, "12 training images do not fill one step of 13"),
+        ({"drop_path": 1.0}, "drop_path is 1.0; it must be in [0, 1)"),
         ({"drop_path": "left out", "model_kwargs": {"survival_probs": [0.5] * 8}}, "has 8 entries"),
         ({"drop_path": "left out", "model_kwargs": {"survival_probs": [0.5] * 8 + [1.2]}}, "survival_probs[8] is 1.2"),
         ({"drop_path": "left out", "model_kwargs": {"survival_probs": [float("nan")] * 9}}, "survival_probs[0] is nan"),
@@ -868,7 +947,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_evaluates_and_resumes(
 ) -> None:
     first, err = interrupted_after_an_epoch(started())
     assert re.fullmatch(r"sdzoo: stopped in epoch \d+, batch \d+; .*last\.pth.*\n", err)
-    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".")]
+    assert not [name for name in os.listdir(tmp_path / "run") if name.startswith(".") and name != ".lock"]
     eval_line(capsys, tmp_path / "run" / "last.pth", data)
     eval_line(capsys, tmp_path / "run" / "best.safetensors", data)
     stopped = int(re.findall(r"epoch (\d+)", err)[0])

@@ -16,7 +16,7 @@ ROOT = Path(sdzoo.__file__).parent
 # From the bottom up. A module may import from its own line too, but not in a circle; a package means all in it.
 LAYERS: list[set[str]] = [
     {"errors", "files", "schedule", "extras"},
-    {"digest", "gate", "parity", "calibration"},
+    {"digest", "gate", "parity", "calibration", "macs"},
     {"branch_ends", "fold", "residual", "blocks", "timm_blocks", "stochastic_depth", "survival"},
     {"weights", "images", "assets", "registry", "description", "builder"},
     {"cifar_resnet", "sd_resnet_cifar", "sd_resnetv2_cifar", "sd_resnet"},

@@ -1,6 +1,7 @@
 """The README: its table, its code and its commands are true."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from sdzoo import weights
 from sdzoo.cli import _parser
 from sdzoo.registry import models
-from sdzoo.training.recipe import find_recipe
+from sdzoo.training.recipe_file import find_recipe
 from sdzoo.zoo import summarise
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def test_the_python_runs(code: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_are_understood(command: str) -> None:
-    arguments = _parser().parse_args(command.split()[1:])
+    arguments = _parser().parse_args(shlex.split(command, comments=True)[1:])
     if hasattr(arguments, "recipe"):
         assert find_recipe(arguments.recipe).is_file()
     for image in getattr(arguments, "image", []):

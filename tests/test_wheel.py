@@ -39,7 +39,7 @@ def test_the_pretrained_model_classifies_and_exports(tmp_path: Path) -> None:
 
 def test_imports_come_from_the_wheel_and_the_recipe_is_found(tmp_path: Path) -> None:
     code = (
-        "import sdzoo; from sdzoo.training.recipe import find_recipe, load_recipe\n"
+        "import sdzoo; from sdzoo.training.recipe_file import find_recipe, load_recipe\n"
         "path = find_recipe('sd_resnet20.cifar10_jpeg'); print(sdzoo.__file__, path, load_recipe(path).model)"
     )
     package, recipe, model = run(tmp_path, "python", "-c", code).split()

@@ -57,7 +57,10 @@ def save_weights(path: Path, model: nn.Module, description: dict[str, Any]) -> N
 
 
 def save_run(path: Path, state: dict[str, Any]) -> None:
-    """Write a resumable checkpoint with timm's keys (``state_dict``, ``optimizer``, ``epoch``), whole or not at all."""
+    """Write a resumable checkpoint, whole or not at all.
+
+    timm's tools read it by their own keys: ``state_dict``, ``state_dict_ema``, ``optimizer``, ``epoch``, ``metric``.
+    """
     content = io.BytesIO()  # written to a file, torch reports a full disk as an internal error
     torch.save(state, content)
     with atomic_path(path) as temporary:
@@ -92,9 +95,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     state = content.pop("state_dict", content)
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} holds no state dict")
+    for weights in (state, content.get("state_dict_ema", state)):
+        named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+        if not named or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise InputError(f"{path} holds no state dict")
     return state, content if content is not state else {}
 
 
@@ -114,7 +118,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
-    """Return the model in a checkpoint, in evaluation mode.
+    """Return the model in a checkpoint, in evaluation mode: its moving average where there is one, as timm does.
 
     Args:
         path: A checkpoint that sdzoo wrote, or another one with ``arch``.
@@ -124,6 +128,7 @@ def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
         InputError: as :func:`read_checkpoint`; or if the weights do not fit, with missing and unexpected keys.
     """
     state, description = read_checkpoint(path)
+    state = description.get("state_dict_ema", state)
     arch = arch or description.get("arch")
     if not arch:
         raise InputError(f"{path} does not say which model it is; name it with --arch")

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import hashlib
+import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
-from timm.utils import dispatch_clip_grad
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
 from sdzoo.description import check_description
 from sdzoo.errors import InputError
-from sdzoo.files import atomic_path
-from sdzoo.gate import fixed_gates, gates, live_blocks
+from sdzoo.extras import require
+from sdzoo.gate import gates
 from sdzoo.images import input_config
-from sdzoo.training.checkpoint import describe, load_state, read_checkpoint, save_run, save_weights
-from sdzoo.training.data import load_image_set, normaliser, training_batches
+from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_run, save_weights
+from sdzoo.training.data.loader import EvaluationData, TrainingData, open_evaluation_data, open_training_data
+from sdzoo.training.distributed import Processes, Shard, processes
+from sdzoo.training.environment import differences, environment
 from sdzoo.training.evaluate import evaluate
 from sdzoo.training.model import create_model
 from sdzoo.training.recipe import Recipe
-from sdzoo.training.streams import stream, stream_seed
+from sdzoo.training.run_folder import RunFolder, StepLog
+from sdzoo.training.step import Diverged, Step, Trainer
+from sdzoo.training.streams import stream_seed
 
-LOG_COLUMNS: tuple[str, ...] = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "live_blocks",
-    "seconds",
-    "val_loss",
-    "val_top1_percent",
-)
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
+CHECKPOINT_INTERVAL_S = 300.0
 
 
 class Interrupted(RuntimeError):
@@ -60,248 +48,407 @@ class Progress:
 
     epoch: int = 0
     step: int = 0  # optimizer steps since the start of the run
-    batch: int = 0  # batches done in this epoch
-    loss_sum: float = 0.0  # over those batches
+    batch: int = 0  # optimizer steps done in this epoch
+    loss_sum: float = 0.0  # over those of them whose loss was finite, which under AMP not all need be
+    losses: int = 0
     live_sum: int = 0
-    seconds: float = 0.0  # training and validation, over all sessions of the run
+    gradient_sum: float = 0.0  # as for the loss
+    gradients: int = 0
+    data_s: float = 0.0  # over all sessions of the run: waiting for data,
+    step_s: float = 0.0  # forward, backward and update,
+    log_s: float = 0.0  # logs and checkpoints,
+    validation_s: float = 0.0
     best_epoch: int = 0
     best_top1_percent: float = -1.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and validation, over all sessions of the run."""
+        return self.data_s + self.step_s + self.log_s + self.validation_s
+
+
+@dataclass(frozen=True)
+class Comforts:
+    """What a run shows and keeps on its way, none of which changes what comes out."""
+
+    checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
+    tensorboard: bool = False
+    profile: bool = False
 
 
 def train(
     recipe: Recipe,
-    data_dir: str | Path,
+    data_dir: str | Path | None,
     output: str | Path,
     resume: bool = False,
     device: str | None = None,
+    force: bool = False,
+    comforts: Comforts = Comforts(),
 ) -> Path:
-    """Train by ``recipe`` on ``data_dir`` and return the file with the weights that did best on the validation split.
+    """Train by ``recipe`` and return the file with the weights that did best on the validation split.
 
-    ``output`` then holds ``best.safetensors``, ``last.pth`` (to resume or extend), ``log.csv`` and ``recipe.yaml``.
-    On SIGINT or SIGTERM the run finishes its step, saves itself and raises :class:`Interrupted`; with ``resume`` it
-    goes on from there, to the same weights bit for bit on the same machine, versions and threads; where there is no run
-    yet, it says so and starts one.
+    ``output`` then holds ``best.safetensors``, ``last.pth`` (to resume or extend), ``log.csv`` (a row an epoch),
+    ``steps.csv`` (a row an optimizer step), ``recipe.yaml`` and ``result.json``. On SIGINT or SIGTERM the run finishes
+    its step, saves itself and raises :class:`Interrupted`; with ``resume`` it goes on from there, to the same weights
+    bit for bit on the same machine, versions, threads, processes and workers; where there is no run yet, it says so and
+    starts one. Started by ``torchrun``, it is one process of several: all drop the same blocks, the first one writes.
+
+    Args:
+        recipe: What to train, and how.
+        data_dir: Where the data is; default: the recipe's ``data_dir``.
+        output: The run's folder.
+        resume: Go on with the run in ``output``.
+        device: ``cpu``, ``cuda``, ...; default: cuda if there is one.
+        force: Go on although recipe or data are others than those of the run; it is a new run from there.
+        comforts: How often to checkpoint, and what to show.
 
     Raises:
         InputError: if the recipe does not fit the data, or ``output`` holds a run and ``resume`` was not asked for, or
-            holds the run of another recipe.
+            holds the run of another recipe, or is in use.
         Diverged: if the loss is not finite; ``last.pth`` is from before.
+        LostProcess: if another process of the run has died.
     """
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f'device "{device}" cannot be had: {str(error).splitlines()[0]}') from None
-    return _Run(recipe, Path(data_dir), Path(output), resume, chosen).execute()
-
-
-class _Run:
-    def __init__(self, recipe: Recipe, data_dir: Path, output: Path, resume: bool, device: torch.device) -> None:
-        self.recipe, self.output = recipe, output
-        self.last, self.best, self.log = output / "last.pth", output / "best.safetensors", output / "log.csv"
-        if self.last.exists() and not resume:
-            raise InputError(f"{output} already holds a run; resume it, or name another folder")
-        if not self.last.exists() and (self.best.exists() or self.log.exists()):
-            raise InputError(f"{output} holds results of a run, but no last.pth to resume; name another folder")
-        if resume and not self.last.exists():
+    if comforts.tensorboard:
+        require("tensorboard")
+    folder = RunFolder(Path(output))
+    with ExitStack() as stack:
+        team = stack.enter_context(processes(device))
+        if team.leads:
+            folder.refuse_if_in_use()
+            folder.check(resume)
+        run = Run(recipe, where_the_data_is(recipe, data_dir), folder, team, comforts)
+        if team.leads:
+            stack.enter_context(folder.locked())
+            folder.check(resume)
+        if folder.last.exists():
+            run.restore(force)
+        elif resume and team.leads:
             print(f"{output} holds no run to resume: starting anew", flush=True)
+        return run.execute()
+
+
+def where_the_data_is(recipe: Recipe, given: str | Path | None) -> Path:
+    """Return the folder of the data: the given one, or the recipe's.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    if not (given or recipe.data_dir):
+        raise InputError("no data: give --data-dir, or data_dir in the recipe")
+    return Path(given or recipe.data_dir or "")
+
+
+class Run:
+    """One run of a recipe, in one of its processes."""
+
+    def __init__(
+        self, recipe: Recipe, data_dir: Path, folder: RunFolder, team: Processes, comforts: Comforts = Comforts()
+    ) -> None:
+        """Make the model and open the data; nothing is written yet."""
         if faults := recipe.faults():
             raise InputError("; ".join(faults))
+        self.recipe, self.data_dir, self.folder, self.team, self.comforts = recipe, data_dir, folder, team, comforts
         torch.manual_seed(stream_seed(recipe.seed, "init"))
-        self.model = create_model(recipe)
-        self.probs = [gate.p for gate in gates(self.model)]
-        self.skips = gates(self.model)[0].mode == "batch"
-        config = input_config(self.model)
-        self.train_set = load_image_set(data_dir, recipe.train_split, config)
-        self.val_set = load_image_set(data_dir, recipe.val_split, config)
-        self.batches = len(self.train_set) // recipe.batch_size
-        self._check_data(data_dir)
-        self.normalise = normaliser(config["mean"], config["std"], device)
-        self.description = describe(self.model, self.train_set.classes)
+        model = create_model(recipe)
+        self.blocks = len(gates(model))
+        self.config = input_config(model)
+        self.training_data = open_training_data(recipe, data_dir, self.config, team.shard, team.device)
+        self.validation_data = self._evaluation_data(recipe.val_split)
+        self._check_data(model, self.training_data, self.validation_data)
+        self.description = describe(model, self.training_data.classes)
         check_description(self.description)
-
-        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.task = ClassificationTask(
-            self.model, criterion_kwargs={"smoothing": recipe.smoothing}, device=device, verbose=False
-        )
-        try:
-            self.optimizer = create_optimizer_v2(
-                self.model,
-                opt=recipe.opt,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                momentum=recipe.momentum,
-                **recipe.opt_kwargs,
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"opt, opt_kwargs: {error}") from None
-        scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched=recipe.sched,
-            num_epochs=recipe.epochs,
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr,
-            decay_milestones=recipe.decay_milestones,
-            decay_rate=recipe.decay_rate,
-            step_on_epochs=not recipe.sched_on_updates,
-            updates_per_epoch=self.batches,
-        )
-        assert scheduler is not None
-        self.scheduler = scheduler
+        self.trainer = Trainer(recipe, model, self.training_data.steps, team)
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
-        if self.last.exists():
-            self._restore()
+        self.environment = environment(recipe, team)
 
-    def _check_data(self, data_dir: Path) -> None:
-        classes = self.train_set.classes
-        if classes != self.val_set.classes:
-            raise InputError(f"the splits of {data_dir} have different classes")
-        if self.model.num_classes != len(classes):
-            raise InputError(f"{data_dir} has {len(classes)} classes, the model {self.model.num_classes}")
-        if not self.batches:
-            raise InputError(f"{len(self.train_set)} training images do not fill a batch of {self.recipe.batch_size}")
+    def _evaluation_data(self, split: str, shard: Shard | None = None) -> EvaluationData:
+        return open_evaluation_data(
+            self.recipe, self.data_dir, split, self.config, shard or self.team.shard, self.team.device
+        )
+
+    def _check_data(self, model: nn.Module, training: TrainingData, validation: EvaluationData) -> None:
+        if training.classes != validation.classes:
+            raise InputError(f"the splits of {self.data_dir} have different classes")
+        if model.num_classes != len(training.classes):
+            raise InputError(f"{self.data_dir} has {len(training.classes)} classes, the model {model.num_classes}")
 
     def execute(self) -> Path:
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot create {self.output}: {error.strerror}") from None
-        with atomic_path(self.output / "recipe.yaml") as temporary:
-            temporary.write_text(self.recipe.to_yaml(), encoding="utf-8")
-        with _stop_on_signal() as stop:
-            while self.progress.epoch < self.recipe.epochs:
-                self._train_epoch(stop)
-                self._finish_epoch()
-        return self.best
+        """Train from where the run stands to its end and return the file of the best weights."""
+        progress, leads = self.progress, self.team.leads
+        with ExitStack() as stack:
+            stop = stack.enter_context(_stop_on_signal())
+            self.step_log: StepLog | None = None
+            self.board: Any = None
+            if leads:
+                if progress.epoch < self.trainer.epochs:
+                    self.folder.result.unlink(missing_ok=True)
+                self.folder.write_recipe(self.recipe.to_yaml())
+                self.folder.write_log(self.rows)
+                self.step_log = StepLog(self.folder.steps, progress.step)
+                stack.callback(self.step_log.close)
+                if self.comforts.tensorboard:
+                    self.board = _board(self.folder.path, progress.step)
+                    stack.callback(self.board.close)
+            profiler = stack.enter_context(_profiler(self.folder.path)) if leads and self.comforts.profile else None
+            self.saved_at = time.monotonic()
+            try:
+                while progress.epoch < self.trainer.epochs:
+                    self._train_epoch(stop, profiler)
+                    self._finish_epoch()
+            except Diverged as error:
+                kept = f"{self.folder.last} is from before" if self.folder.last.exists() else "nothing was saved yet"
+                raise Diverged(f"{error}; {kept}") from None
+        if leads and not self.folder.result.is_file():
+            self._finish_run()
+        return self.folder.best
 
-    def _train_epoch(self, stop: threading.Event) -> None:
-        recipe, progress = self.recipe, self.progress
-        self.model.train()
-        batches = training_batches(
-            self.train_set,
-            self.normalise,
-            recipe.batch_size,
-            recipe.seed,
-            progress.epoch,
-            start=progress.batch,
-            augment=not recipe.no_aug,
-            hflip=recipe.hflip,
-        )
+    def _train_epoch(self, stop: threading.Event, profiler: Any) -> None:
+        progress, trainer = self.progress, self.trainer
+        trainer.enter_epoch()
+        steps, images = self.training_data.steps, self.recipe.batch_size * self.recipe.grad_accum_steps
+        micro_batches = _Timed(self.training_data.epoch(progress.epoch, progress.batch))
         bar = tqdm(
-            total=self.batches * recipe.batch_size,
-            initial=progress.batch * recipe.batch_size,
-            desc=f"epoch {progress.epoch + 1}/{recipe.epochs}",
+            total=steps * images * self.team.shard.world,
+            initial=progress.batch * images * self.team.shard.world,
+            desc=f"epoch {progress.epoch + 1}/{trainer.epochs}",
             unit="image",
             leave=False,
-            disable=None,
+            disable=None if self.team.leads else True,
         )
-        before, started = progress.seconds, time.perf_counter()
+        begun, done_before = time.perf_counter(), progress.step
         with bar:
-            for images, labels in batches:
-                progress.loss_sum += self._step(images, labels)
-                live = sum(live_blocks(self.model)) if self.skips else len(self.probs)
-                progress.live_sum += live
-                progress.batch += 1
-                progress.step += 1
-                progress.seconds = before + time.perf_counter() - started
-                bar.set_postfix_str(f"loss {progress.loss_sum / progress.batch:.3f}, live blocks {live}", refresh=False)
-                bar.update(recipe.batch_size)
-                if stop.is_set():
-                    self._save_last()
-                    raise Interrupted(
-                        f"stopped in epoch {progress.epoch + 1}, batch {progress.batch}; {self.last} goes on"
-                    )
+            while progress.batch < steps:
+                started, waited = time.perf_counter(), micro_batches.waited_s
+                step = trainer.step(progress.step, micro_batches, stop.is_set())
+                waited = micro_batches.waited_s - waited
+                done = time.perf_counter()
+                self._count(step)
+                progress.data_s += waited
+                progress.step_s += done - started - waited
+                left_s = (done - begun) / (progress.step - done_before) * (trainer.epochs * steps - progress.step)
+                bar.set_postfix_str(
+                    f"loss {_mean(progress.loss_sum, progress.losses):.3f}, live blocks {step.live_blocks}, "
+                    f"run {tqdm.format_interval(left_s)} left",
+                    refresh=False,
+                )
+                bar.update(images * self.team.shard.world)
+                if profiler is not None:
+                    profiler.step()
+                # Several processes agree to stop in the next step; one alone need not wait for it.
+                asked = step.stop or (stop.is_set() and not self.team.many)
+                if asked or time.monotonic() - self.saved_at >= self.comforts.checkpoint_interval_s:
+                    self._save_within_epoch()
+                if asked:
+                    where = f"epoch {progress.epoch + 1}, batch {progress.batch}"
+                    raise Interrupted(f"stopped in {where}; {self.folder.last} goes on")
+                progress.log_s += time.perf_counter() - done
 
-    def _step(self, images: Tensor, labels: Tensor) -> float:
-        """Do one optimizer step and return its loss."""
-        recipe, progress = self.recipe, self.progress
-        if recipe.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if recipe.sched_on_updates:
-            self.scheduler.step_update(progress.step)
-        else:
-            self.scheduler.step(progress.epoch)
-        torch.manual_seed(stream_seed(recipe.seed, "dropout", progress.step))
-        draws = torch.rand(len(self.probs), generator=stream(recipe.seed, "gates", progress.step)).tolist()
-        bits = [draw < p for draw, p in zip(draws, self.probs, strict=True)]
-        with fixed_gates(self.model, bits) if self.skips else nullcontext():
-            loss = self.task(images, labels)["loss"]
-            value = loss.item()
-            if not math.isfinite(value):
-                raise Diverged(f"the loss is {value} at step {progress.step}; {self._kept()}")
-            self.optimizer.zero_grad()
-            loss.backward()
-        if recipe.clip_grad is not None:
-            dispatch_clip_grad(self.model.parameters(), recipe.clip_grad)
-        self.optimizer.step()
-        return value
+    def _count(self, step: Step) -> None:
+        progress = self.progress
+        progress.batch += 1
+        progress.step += 1
+        if math.isfinite(step.loss):
+            progress.loss_sum += step.loss
+            progress.losses += 1
+        if math.isfinite(step.first_conv_gradient):
+            progress.gradient_sum += step.first_conv_gradient
+            progress.gradients += 1
+        progress.live_sum += step.live_blocks
+        if self.step_log:
+            self.step_log.add(
+                progress.step, progress.epoch + 1, step.lr, step.loss, step.live_blocks, step.first_conv_gradient
+            )
+        if self.board:
+            for name in ("loss", "lr", "live_blocks", "first_conv_gradient"):
+                self.board.add_scalar(f"step/{name}", getattr(step, name), progress.step)
 
     def _finish_epoch(self) -> None:
-        progress, started = self.progress, time.perf_counter()
-        validation = evaluate(self.model, self.val_set, self.normalise, self.recipe.validation_batch_size or 250)
-        progress.seconds += time.perf_counter() - started
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise Diverged(f"a weight is not finite after step {progress.step}; {self._kept()}")
+        progress, trainer, started = self.progress, self.trainer, time.perf_counter()
+        trainer.leave_epoch()
+        validation = evaluate(trainer.kept, self.validation_data, self.team)
+        if not self._model_is_finite():
+            raise Diverged(f"a weight or a statistic of BatchNorm is not finite after step {progress.step}")
+        progress.validation_s += time.perf_counter() - started
+        started = time.perf_counter()
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": round(progress.loss_sum / progress.batch, 5),
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "train_loss": round(_mean(progress.loss_sum, progress.losses), 5),
             "live_blocks": round(progress.live_sum / progress.batch, 3),
             "seconds": round(progress.seconds, 1),
             "val_loss": round(validation.loss, 5),
             "val_top1_percent": round(validation.top1_percent, 3),
+            "first_conv_gradient": float(f"{_mean(progress.gradient_sum, progress.gradients):.6g}"),
         }
         self.rows.append(row)
         is_best = validation.top1_percent > progress.best_top1_percent
         if is_best:
             progress.best_epoch, progress.best_top1_percent = progress.epoch + 1, validation.top1_percent
         progress.epoch += 1
-        progress.batch, progress.loss_sum, progress.live_sum = 0, 0.0, 0
-        if is_best:
-            save_weights(self.best, self.model, self.description | {"epoch": progress.epoch, **row})
-        self._save_last()
-        with atomic_path(self.log) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        best = f"best {progress.best_top1_percent:.2f} % at {progress.best_epoch}"
-        print(
-            f"epoch {row['epoch']}/{self.recipe.epochs}: loss {row['train_loss']:.3f}, "
-            f"val top-1 {row['val_top1_percent']:.2f} % ({best}), "
-            f"live blocks {row['live_blocks']:.2f} of {len(self.probs)}, {row['seconds']:.0f} s",
-            flush=True,
+        progress.batch = progress.losses = progress.gradients = progress.live_sum = 0
+        progress.loss_sum = progress.gradient_sum = 0.0
+        if self.team.leads:
+            if is_best:
+                save_weights(self.folder.best, trainer.kept, self.description | row)
+            self._save_last()
+            self.folder.write_log(self.rows)
+            if self.board:
+                for name in ("val_loss", "val_top1_percent", "train_loss", "live_blocks", "first_conv_gradient"):
+                    self.board.add_scalar(f"epoch/{name}", row[name], progress.step)
+            best = f"best {progress.best_top1_percent:.2f} % at {progress.best_epoch}"
+            print(
+                f"epoch {row['epoch']}/{trainer.epochs}: loss {row['train_loss']:.3f}, "
+                f"val top-1 {validation.top1_percent:.2f} % ({best}), "
+                f"live blocks {row['live_blocks']:.2f} of {self.blocks}, {row['seconds']:.0f} s",
+                flush=True,
+            )
+        progress.log_s += time.perf_counter() - started
+
+    def _finish_run(self) -> None:
+        """Measure the test split, if the recipe names one, with the best weights, and write down what came out."""
+        progress, test = self.progress, None
+        if split := self.recipe.sdzoo.test_split:
+            data = self._evaluation_data(split, Shard())
+            best = load_model(self.folder.best).to(self.team.device)
+            test = evaluate(best, data)
+            where = f"weights of epoch {progress.best_epoch}"
+            print(f"test top-1 {test.top1_percent:.2f} % on {test.images} images, {where}", flush=True)
+        if corrupt := self.training_data.corrupt:
+            print(f"{len(corrupt)} corrupt training images were substituted: {', '.join(sorted(corrupt)[:5])}")
+        self.folder.write_result(
+            {
+                "model": self.recipe.model,
+                "blocks": self.blocks,
+                "final_survival_prob": self.trainer.probs[-1],
+                "survival_probs": self.trainer.probs,
+                "best_epoch": progress.best_epoch,
+                "val_top1_percent": progress.best_top1_percent,
+                "test_top1_percent": test and test.top1_percent,
+                "seconds": {
+                    name: round(getattr(progress, f"{name}_s"), 3) for name in ("data", "step", "log", "validation")
+                },
+                "corrupt_training_images": sorted(corrupt),
+                "environment": self.environment,
+            }
         )
 
-    def _kept(self) -> str:
-        return f"{self.last} is from before" if self.last.exists() else "nothing was saved yet"
+    def _model_is_finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in self.trainer.model.state_dict().values())
+
+    def _save_within_epoch(self) -> None:
+        # Only some data can be entered within an epoch; and weights that a step broke, the next one's loss will tell.
+        if self.training_data.exact_position and self._model_is_finite():
+            self._save_last()
 
     def _save_last(self) -> None:
-        state = self.description | {
-            "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        self.saved_at = time.monotonic()
+        if not self.team.leads:
+            return
+        assert self.step_log is not None
+        self.step_log.flush()
+        recipe = dataclasses.asdict(self.recipe)
+        state = self.description | self.trainer.state()
+        state |= {
             "epoch": self.progress.epoch,
+            "metric": self.progress.best_top1_percent,
+            "global_step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": recipe,
+            "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+            "data_sha256": self.training_data.fingerprint,
+            "validation_data_sha256": self.validation_data.fingerprint,
+            "environment": self.environment,
             "rows": self.rows,
         }
-        save_run(self.last, state)
+        save_run(self.folder.last, state)
 
-    def _restore(self) -> None:
-        state, rest = read_checkpoint(self.last)
-        theirs = rest.get("recipe", {})
-        ours = dataclasses.asdict(self.recipe)
-        if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-            raise InputError(f"{self.last} is from another recipe; it differs in {', '.join(other)}")
-        stored = [float(p) for name, p in state.items() if name.endswith("survival_prob")]
-        if stored != self.probs:
-            raise InputError(f"{self.last} was trained with other survival probabilities than the recipe's")
-        load_state(self.model, state, str(self.last))
-        self.optimizer.load_state_dict(rest["optimizer"])
+    def restore(self, force: bool) -> None:
+        """Take up the run in the folder where its checkpoint left it.
+
+        Raises:
+            InputError: if the checkpoint is damaged, or of another recipe or data, unless ``force``; another model is
+                refused in any case.
+        """
+        last = self.folder.last
+        weights, rest = read_checkpoint(last)
+        if "progress" not in rest or "recipe" not in rest:
+            raise InputError(f"{last} is no run of sdzoo's: it does not say where it stands")
+        faults = self._other_run(rest, [float(p) for name, p in weights.items() if name.endswith("survival_prob")])
+        if faults and not force:
+            raise InputError(f"{last} is from another run: {'; '.join(faults)}; --force goes on all the same")
+        if self.team.leads and (other := differences(rest["environment"], self.environment)):
+            print(f"not bit for bit from here on: {'; '.join(other)}", flush=True)
+        self.trainer.restore({**rest, "state_dict": weights}, str(last))
         self.progress, self.rows = Progress(**rest["progress"]), rest["rows"]
+        steps = self.training_data.steps
+        if self.progress.step != self.progress.epoch * steps + self.progress.batch:  # forced onto other data
+            self.progress.batch = 0
+            self.progress.step = self.progress.epoch * steps
+
+    def _other_run(self, rest: dict[str, Any], probs: list[float]) -> list[str]:
+        """Return how the checkpoint's recipe, schedule, seed, data and processes differ from this run's."""
+        theirs, ours = rest["recipe"], dataclasses.asdict(self.recipe)
+        faults = [
+            f"{name} was {theirs.get(name)}, is {ours.get(name)}"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        ]
+        if probs != self.trainer.probs:
+            faults.append("it was trained with other survival probabilities than the recipe's")
+        if (rest.get("data_sha256"), rest.get("validation_data_sha256")) != (
+            self.training_data.fingerprint,
+            self.validation_data.fingerprint,
+        ):
+            faults.append(f"the data is not what it was trained on ({self.data_dir})")
+        before = rest.get("environment", {}).get("world")
+        if before != self.team.shard.world:
+            faults.append(f"it ran in {before} processes, now {self.team.shard.world}: the global batch is another")
+        return faults
+
+
+class _Timed:
+    """An iterator that knows how long it was waited for."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items = items
+        self.waited_s = 0.0
+
+    def __iter__(self) -> _Timed:
+        return self
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        item = next(self._items)
+        self.waited_s += time.perf_counter() - started
+        return item
+
+
+def _mean(total: float, count: int) -> float:
+    return total / count if count else math.nan
+
+
+def _board(folder: Path, step: int) -> Any:
+    """Return TensorBoard's writer; what follows ``step`` in earlier files is hidden."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+@contextmanager
+def _profiler(folder: Path) -> Iterator[Any]:
+    """Profile ten steps, after ten others; write what took how long, and a trace for a browser."""
+
+    def write(profile: torch.profiler.profile) -> None:
+        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
+        (folder / "profile.txt").write_text(table, encoding="utf-8")
+        profile.export_chrome_trace(str(folder / "trace.json"))
+        tqdm.write(f"wrote {folder / 'profile.txt'} and {folder / 'trace.json'}")
+
+    schedule = torch.profiler.schedule(wait=8, warmup=2, active=10, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+        yield profile
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Top-1, top-5 and loss on an image set, of a model in training or of anything that predicts."""
+"""Top-1, top-5 and loss on a data set, of a model in training or of anything that predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,80 +15,118 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdzoo.errors import InputError
-from sdzoo.training.data import ImageSet, load_image_set, normaliser
+from sdzoo.training.data.loader import EvaluationData, HeldOut, open_split
+from sdzoo.training.distributed import Processes
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` measured."""
+    """What :func:`evaluate` measured, on how many images, and which corrupt ones were left out."""
 
     top1_percent: float
     top5_percent: float
     loss: float
     images: int
+    corrupt: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """A split of a data set on the disk."""
+
+    data_dir: str | Path
+    split: str
+    dataset: str = ""
+    skip_corrupt: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.split} in {self.data_dir}" if self.dataset else f"{self.data_dir}/{self.split}"
 
 
 @torch.inference_mode()
-def evaluate(
-    model: Callable[[Tensor], Tensor],
-    data: ImageSet,
-    normalise: Callable[[Tensor], Tensor],
-    batch_size: int = 250,
-) -> Evaluation:
+def evaluate(model: Callable[[Tensor], Tensor], data: EvaluationData, team: Processes | None = None) -> Evaluation:
     """Return accuracy and mean cross-entropy of ``model`` on all of ``data``.
 
     Args:
         model: From normalised images to logits; a module is put into evaluation and back.
-        data: Images and labels.
-        normalise: From uint8 images to what ``model`` takes, on its device.
-        batch_size: Images a call.
+        data: The images; of several processes, each has its part.
+        team: The processes that share the data, whose results are added up.
 
     Raises:
-        InputError: if the data has more classes than the model.
+        InputError: if the data has more classes than the model, or no images.
     """
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
         model.eval()
-    total_loss, top1, top5 = 0.0, 0, 0
+    loss, top1, top5, images = 0.0, 0.0, 0.0, 0.0
+    hidden = None if team is None or team.leads else True
     try:
-        for start in tqdm(range(0, len(data), batch_size), desc="evaluating", unit="batch", leave=False, disable=None):
-            logits = model(normalise(data.images[start : start + batch_size])).float()
+        for batch, labels in tqdm(data.batches(), desc="evaluating", unit="batch", leave=False, disable=hidden):
+            logits = model(batch).float()
             if len(data.classes) > logits.shape[1]:
                 raise InputError(f"the data has {len(data.classes)} classes, the model {logits.shape[1]}")
-            labels = data.labels[start : start + batch_size].to(logits.device)
-            total_loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            labels = labels.to(logits.device)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             top1 += int(hits[:, 0].sum())
             top5 += int(hits.any(dim=1).sum())
+            images += len(labels)
     finally:
         for module, training in modes.items():
             module.training = training
-    return Evaluation(100 * top1 / len(data), 100 * top5 / len(data), total_loss / len(data), len(data))
+    if team is not None:
+        loss, top1, top5, images = team.total(loss, top1, top5, images)
+    if not images:
+        raise InputError("there are no images to evaluate on")
+    return Evaluation(100 * top1 / images, 100 * top5 / images, loss / images, int(images), tuple(data.corrupt))
 
 
 def evaluate_predictor(
     predictor: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     labels: list[str] | None,
     config: dict[str, Any],
-    data_dir: str | Path,
-    split: str,
+    split: DataSplit,
 ) -> Evaluation:
-    """Return what ``predictor`` reaches on the images of ``data_dir/split/<class>/*``.
+    """Return what ``predictor`` reaches on a split.
 
     Args:
         predictor: From normalised arrays ``(B, C, H, W)`` to logits.
         labels: Its class names, which must be those of the data; None if it has none.
         config: Its timm data config: input size, mean, std, interpolation, crop.
-        data_dir: Folder with one folder a split.
-        split: Name of the split's folder.
+        split: What to measure on.
 
     Raises:
         InputError: if the data cannot be read, or are of other classes.
     """
-    data = load_image_set(data_dir, split, config)
+    data = _open(split, config, len(labels) if labels else None)
     if labels and tuple(labels) != data.classes:
-        raise InputError(
-            f"the classes of {data_dir}/{split} are not the model's: {', '.join(data.classes)}; {', '.join(labels)}"
-        )
-    normalise = normaliser(config["mean"], config["std"], torch.device("cpu"))
-    return evaluate(lambda images: torch.from_numpy(predictor(images.numpy())), data, normalise)
+        raise InputError(f"the classes of {split} are not the model's: {', '.join(data.classes)}; {', '.join(labels)}")
+    return evaluate(lambda images: torch.from_numpy(predictor(images.numpy())), data)
+
+
+def recalibration_batches(config: dict[str, Any], split: DataSplit, number: int, seed: int = 0) -> Iterator[Tensor]:
+    """Yield ``number`` images of ``split``, chosen by ``seed``, normalised and not augmented, in batches.
+
+    Raises:
+        InputError: if there are fewer.
+    """
+    whole = _open(split, config, None)
+    if number > whole.images:
+        raise InputError(f"--recalibrate-bn {number}: {split} has {whole.images} images")
+    data = whole if number == whole.images else _open(split, config, None, HeldOut(number, seed))
+    for images, _ in data.batches():
+        yield images
+
+
+def _open(
+    split: DataSplit, config: dict[str, Any], num_classes: int | None, held_out: HeldOut | None = None
+) -> EvaluationData:
+    return open_split(
+        split.dataset,
+        split.data_dir,
+        split.split,
+        config,
+        skip_corrupt=split.skip_corrupt,
+        num_classes=num_classes,
+        held_out=held_out,
+    )

@@ -1,42 +1,58 @@
-"""Recipes: YAML files whose keys are those of timm's ``train.py``, checked before anything runs."""
+"""Recipes: how one model is trained, in the keys of timm's ``train.py``, checked before anything runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import re
 import sys
 import types
 import typing
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from timm.optim import list_optimizers
-
 from sdzoo.errors import InputError, nearest
-from sdzoo.images import INTERPOLATIONS
+from sdzoo.training.recipe_faults import faults_about
+from sdzoo.training.recipe_yaml import dump_yaml
+from sdzoo.training.timm_keys import TIMM_KEYS
+
+
+@dataclass(frozen=True)
+class SdzooSettings:
+    """What timm's ``train.py`` has no key for: it would ignore these, so they stand apart, under ``sdzoo:``."""
+
+    held_out: int = 0  # images of train_split kept for validation, chosen by seed; val_split then equals train_split
+    test_split: str = ""  # measured once, at the end, with the weights that did best on validation
+    survival_warmup_epochs: float = 0.0  # over which the survival probabilities fall from 1 to the model's
+    trainable: str = "all"  # or "head": the classifier alone, the backbone as in evaluation
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained. Names and meanings are timm's; a default here is what leaving the key out means."""
+    """How one model is trained. Names, meanings and defaults are timm's; model, epochs and lr must be given."""
 
     model: str
     epochs: int
     lr: float
     pretrained: bool = False
+    initial_checkpoint: str = ""
     num_classes: int | None = None
-    drop_path: float | None = None
+    input_size: list[int] | None = None
     drop: float = 0.0
+    drop_path: float | None = None  # 1 - p_L
+    drop_block: float | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    device_modules: list[str] = field(default_factory=list)
+    head_init_scale: float | None = None
+    head_init_bias: float | None = None
+    grad_checkpointing: bool = False
+    device_modules: list[str] | None = None
 
+    data_dir: str | None = None
     dataset: str = ""
     train_split: str = "train"
-    val_split: str = "val"
+    val_split: str = "validation"
+    train_num_samples: int | None = None
+    val_num_samples: int | None = None
+    dataset_download: bool = False
     mean: list[float] | None = None
     std: list[float] | None = None
     interpolation: str = ""
@@ -44,167 +60,141 @@ class Recipe:
 
     batch_size: int = 128
     validation_batch_size: int | None = None
-    channels_last: bool = False
+    grad_accum_steps: int = 1
+    workers: int = 4
+    pin_mem: bool = False
     seed: int = 42
+    channels_last: bool = False
+    torchcompile: str | None = None
+    amp: bool = False
+    amp_dtype: str = "float16"
+    sync_bn: bool = False
+    dist_bn: str = "reduce"
 
     opt: str = "sgd"
-    opt_kwargs: dict[str, Any] = field(default_factory=dict)
+    opt_eps: float | None = None
+    opt_betas: list[float] | None = None
     momentum: float = 0.9
     weight_decay: float = 2e-5
     clip_grad: float | None = None
+    clip_mode: str = "norm"
+    layer_decay: float | None = None
+    layer_decay_min_scale: float = 0.0
+    layer_decay_no_opt_scale: float | None = None
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
 
     sched: str = "cosine"
     sched_on_updates: bool = False
-    warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     min_lr: float = 0.0
-    decay_milestones: list[int] = field(default_factory=list)
+    decay_milestones: list[int] = field(default_factory=lambda: [90, 180, 270])
+    decay_epochs: float = 90.0
     decay_rate: float = 0.1
+    warmup_epochs: int = 5
+    warmup_prefix: bool = False
+    cooldown_epochs: int = 0
 
     no_aug: bool = False
-    train_crop_mode: str | None = None
+    train_crop_mode: str | None = None  # pad4: shifted by up to 4 pixels, the only value that timm has not
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     hflip: float = 0.5
-    color_jitter: float = 0.0
-    smoothing: float = 0.0
+    vflip: float = 0.0
+    color_jitter: float = 0.4
+    color_jitter_prob: float | None = None
+    grayscale_prob: float | None = None
+    gaussian_blur_prob: float | None = None
+    aa: str | None = None
+    train_interpolation: str = "random"
+    reprob: float = 0.0
+    remode: str = "pixel"
+    recount: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_minmax: list[float] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    mixup_off_epoch: int = 0
 
-    def faults(self) -> list[str]:
-        """Return what is wrong with the values, one line each."""
-        found = []
-        for name in ("epochs", "batch_size", "validation_batch_size", "num_classes", "lr", "crop_pct", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                found.append(f"{name} is {value}; it must be above 0")
-        for name in ("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "decay_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                found.append(f"{name} is {getattr(self, name)}; it must be at least 0")
-        for value in self.std or ():
-            if not 0 < value < math.inf:
-                found.append(f"std holds {value}; each must be above 0")
-        for name in ("drop_path", "drop", "smoothing", "momentum"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                found.append(f"{name} is {value}; it must lie in [0, 1)")
-        if not 0 <= self.hflip <= 1:
-            found.append(f"hflip is {self.hflip}; it must lie in [0, 1]")
-        if self.crop_pct is not None and self.crop_pct > 1:
-            found.append(f"crop_pct is {self.crop_pct}; it must lie in (0, 1]")
-        if 0 < self.lr < self.min_lr:
-            found.append(f"min_lr is {self.min_lr}, above lr {self.lr}")
-        if self.warmup_epochs >= self.epochs > 0:
-            found.append(f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; it must be fewer")
-        if any(milestone < 1 for milestone in self.decay_milestones):
-            found.append(f"decay_milestones are {self.decay_milestones}; each must be at least 1")
-        if any(not math.isfinite(value) for value in self.mean or ()):
-            found.append(f"mean is {self.mean}; each must be finite")
-        if other := [module for module in self.device_modules if module != "sdzoo"]:
-            found.append(f"device_modules names {', '.join(other)}; implemented here: sdzoo")
-        known = [str(name) for name in list_optimizers()]
-        if self.opt not in known:
-            found.append(f'opt is "{self.opt}", which timm does not have{nearest(self.opt, known)}')
-        if self.interpolation and self.interpolation not in INTERPOLATIONS:
-            found.append(f'interpolation is "{self.interpolation}"; known: {", ".join(INTERPOLATIONS)}')
-        if self.dataset:
-            found.append(f'dataset is "{self.dataset}"; implemented here: "" (a folder of class folders)')
-        if self.color_jitter:
-            found.append(f"color_jitter is {self.color_jitter}; implemented here: 0")
-        if not self.no_aug and self.train_crop_mode != "pad4":
-            found.append(f'train_crop_mode is "{self.train_crop_mode}"; implemented here: pad4 (or no_aug: true)')
-        if self.sched not in ("cosine", "multistep", "constant"):
-            found.append(f'sched is "{self.sched}"; implemented here: cosine, multistep, constant')
-        return found
+    smoothing: float = 0.1
+    bce_loss: bool = False
+    bce_sum: bool = False
+    bce_target_thresh: float | None = None
+    bce_pos_weight: float | None = None
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
+
+    sdzoo: SdzooSettings = field(default_factory=SdzooSettings)
+
+    @property
+    def mixes(self) -> bool:
+        """True if the images of a batch are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def faults(self, unknown: Collection[str] = ()) -> list[str]:
+        """Return what is wrong with the values, one line each; nothing that hangs on a key in ``unknown``."""
+        return [text for keys, text in faults_about(self) if not set(keys) & set(unknown)]
+
+    def check(self) -> None:
+        """Raise InputError with all faults, if there are any."""
+        if faults := self.faults():
+            raise InputError("; ".join(faults))
 
     def to_yaml(self) -> str:
         """Return every key with its value, as YAML that loads back to an equal recipe."""
-        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False)
+        return dump_yaml(dataclasses.asdict(self))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everyone else does, and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, f"expected a mapping, found {node.id}", node.start_mark)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := {str(key) for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(sorted(twice))}")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what _Loader would read as a number."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-    )
-
-
-def find_recipe(name: str | Path) -> Path:
-    """Return the file of a recipe: a path, or the name of one that ships with sdzoo.
+def recipe_from(values: Mapping[Any, Any]) -> Recipe:
+    """Return the recipe that ``values``, keys and what they are set to, describe.
 
     Raises:
-        InputError: listing the names that ship, if there is neither such a file nor such a name.
+        InputError: with every fault at once: keys unknown or not implemented, wrong types, values out of range.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
-    folder = recipes_folder()
-    shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    if str(name) in shipped:
-        return shipped[str(name)]
-    raise InputError(f'"{name}" is neither a file nor a recipe that ships; those are: {", ".join(shipped)}')
-
-
-def recipes_folder() -> Path:
-    """Return the folder of the recipes that ship: in the wheel ``sdzoo/recipes``, in a checkout ``recipes``."""
-    package = Path(__file__).parents[1]
-    inside = package / "recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
-
-
-def load_recipe(path: str | Path) -> Recipe:
-    """Return the recipe in a YAML file.
-
-    Raises:
-        InputError: with every fault at once: unknown keys (and the nearest known), wrong types, values out of range.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not YAML: {error}") from None
-    try:
-        values = yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML lets the errors of int(), datetime() and its own slips through
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
-    if not isinstance(values, dict) or not values:
-        got = "empty" if values is None or values == {} else f"a {type(values).__name__}"
-        raise InputError(f"{path} is {got}; a recipe is a mapping of keys to values")
-    types_of_keys = typing.get_type_hints(Recipe)
-    faults, taken = [], {}
-    for key, value in values.items():
-        if key not in types_of_keys:
-            close = difflib.get_close_matches(str(key), types_of_keys, n=1)
-            faults.append(f"{key}: unknown key" + (f"; nearest: {close[0]}" if close else ""))
-        else:
-            try:
-                taken[key] = _typed(value, types_of_keys[key])
-            except (TypeError, OverflowError):
-                wanted = getattr(types_of_keys[key], "__name__", str(types_of_keys[key])).replace("typing.", "")
-                faults.append(f"{key}: {value!r} is not {wanted}")
-    required = [f.name for f in dataclasses.fields(Recipe) if _required(f)]
+    faults: list[str] = []
+    given = dict(values)
+    settings = given.pop("sdzoo", {})
+    if not isinstance(settings, dict):
+        faults.append(f"sdzoo: {settings!r} is not a mapping")
+        settings = {}
+    own = _take(SdzooSettings, settings, faults, "sdzoo.")
+    taken = _take(Recipe, given, faults)
+    required = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory is dataclasses.MISSING]
     faults += [f"{key}: missing" for key in required if key not in values]
     # What is missing or mistyped is said already; the other values are checked all the same.
-    faults += Recipe(**{"model": "", "epochs": sys.maxsize, "lr": 1e9} | taken).faults()
+    unknown = {*required, *given} - taken.keys() | {f"sdzoo.{key}" for key in settings if key not in own}
+    checked = Recipe(**{"model": "", "epochs": sys.maxsize, "lr": 1.0} | taken, sdzoo=SdzooSettings(**own))
+    faults += checked.faults(unknown)
     if faults:
-        raise InputError(f"{path}: " + "; ".join(faults))
-    return Recipe(**taken)
+        raise InputError("; ".join(faults))
+    return checked
 
 
-def _required(f: dataclasses.Field[Any]) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+def _take(kind: type, values: Mapping[Any, Any], faults: list[str], prefix: str = "") -> dict[str, Any]:
+    """Return those of ``values`` that are of the types that ``kind`` wants; say of the others why not."""
+    wanted, taken = typing.get_type_hints(kind), {}
+    for key, value in values.items():
+        if key not in wanted:
+            faults.append(f"{prefix}{key}: {_why_unknown(str(key), wanted, prefix)}")
+            continue
+        try:
+            taken[key] = _typed(value, wanted[key])
+        except (TypeError, OverflowError):
+            name = wanted[key].__name__ if isinstance(wanted[key], type) else str(wanted[key]).replace("typing.", "")
+            faults.append(f"{prefix}{key}: {value!r} is not {name}")
+    return taken
+
+
+def _why_unknown(key: str, known: Mapping[str, Any], prefix: str) -> str:
+    if prefix:
+        return "unknown key" + nearest(key, known)
+    if key in TIMM_KEYS:
+        return "timm's key, not implemented here"
+    if key in typing.get_type_hints(SdzooSettings):
+        return "unknown key; it stands under sdzoo:"
+    return "unknown key" + nearest(key, [*TIMM_KEYS, "sdzoo"])
 
 
 def _typed(value: Any, wanted: Any) -> Any:

@@ -84,7 +84,14 @@ def _recipe(**changes: Any) -> Recipe:
         lr=0.1,
         weight_decay=1e-4,
         sched_on_updates=True,
+        warmup_epochs=0,
         train_crop_mode="pad4",
+        color_jitter=0.0,
+        smoothing=0.0,
+        interpolation="bilinear",
+        crop_pct=1.0,
+        val_split="val",
+        workers=0,
     )
     return dataclasses.replace(base, **changes)
 

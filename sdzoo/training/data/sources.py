@@ -1,0 +1,209 @@
+"""Where samples come from: a split of a named data set as something that can be indexed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
+from torch import Tensor
+
+from sdzoo.errors import InputError, nearest
+from sdzoo.images import MODE_OF_CHANNELS, check_image, open_image
+from sdzoo.training.data.order import held_out
+from sdzoo.training.data.torch_sets import READERS
+
+WEB_PREFIX = "wds/"
+DATASETS = ("", "torch/cifar10", "torch/cifar100", "torch/svhn", "torch/imagenet", WEB_PREFIX + "...")
+# timm takes these for one another; unlike timm, nothing here falls back to the whole of data_dir
+SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+
+
+class Source(ABC):
+    """Samples by index: a picture, its label, its name."""
+
+    def __init__(self, labels: Tensor, classes: tuple[str, ...], in_chans: int) -> None:
+        self.labels, self.classes, self.in_chans = labels, classes, in_chans
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what messages call a sample."""
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """Return a sample's picture, decoded; whatever its bytes make the decoder raise is let through."""
+
+    @abstractmethod
+    def subset(self, indices: Tensor) -> Source:
+        """Return the samples at ``indices``, in that order."""
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """Return a digest of what identifies the samples."""
+
+
+class FolderSource(Source):
+    """Pictures in files, opened when they are asked for."""
+
+    def __init__(
+        self, root: Path, files: np.ndarray, labels: Tensor, classes: tuple[str, ...], in_chans: int = 3
+    ) -> None:
+        super().__init__(labels, classes, in_chans)
+        # One array of bytes: a million Python strings would be copied into every worker, reference count by count.
+        self.root, self.files = root, files
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.files[index]))
+
+    def image(self, index: int) -> Image.Image:
+        return open_image(self.name(index), self.in_chans, convert=True)
+
+    def subset(self, indices: Tensor) -> FolderSource:
+        return FolderSource(self.root, self.files[indices.numpy()], self.labels[indices], self.classes, self.in_chans)
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for index, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
+            try:
+                size = os.stat(self.name(index)).st_size
+            except OSError:
+                size = -1  # what cannot be read is the decoder's to say
+            digest.update(b"%d %d %d %s\n" % (label, size, len(file), file))
+        return digest.hexdigest()
+
+
+class ArraySource(Source):
+    """Pictures held in memory: uint8 ``(N, C, H, W)``."""
+
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, classes: tuple[str, ...], in_chans: int = 3, called: str = "image"
+    ) -> None:
+        super().__init__(labels, classes, in_chans)
+        self.pixels, self.called = pixels, called
+
+    def name(self, index: int) -> str:
+        return f"{self.called}[{index}]"
+
+    def image(self, index: int) -> Image.Image:
+        pixels = self.pixels[index].numpy()
+        image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        return check_image(image, self.in_chans, True, self.name(index))
+
+    def subset(self, indices: Tensor) -> ArraySource:
+        return ArraySource(self.pixels[indices], self.labels[indices], self.classes, self.in_chans, self.called)
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
+        for part in (self.pixels, self.labels):
+            digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How many samples of a split are kept for validation, and the seed that chooses them."""
+
+    number: int
+    seed: int
+
+    def training(self, source: Source, split: str) -> Source:
+        """Return what is left of ``source`` to train on."""
+        return self._part(source, split, 0)
+
+    def validation(self, source: Source, split: str) -> Source:
+        """Return what is held out of ``source``; all of it if nothing is."""
+        return self._part(source, split, 1)
+
+    def _part(self, source: Source, split: str, part: int) -> Source:
+        if not self.number:
+            return source
+        if self.number >= len(source):
+            raise InputError(f"held_out is {self.number}; {split} has {len(source)} images")
+        return source.subset(held_out(len(source), self.number, self.seed)[part])
+
+
+def open_source(dataset: str, data_dir: str | Path, split: str, in_chans: int = 3, download: bool = False) -> Source:
+    """Return a split of a data set by timm's name for it.
+
+    Args:
+        dataset: ``""`` for ``data_dir/split/<class>/*``, or one of ``DATASETS`` but those of WebDataset.
+        data_dir: The folder that holds the data set.
+        split: The split's name; only names of this data set are taken.
+        in_chans: Channels that the model takes, 1 or 3; pictures of other colour modes are converted.
+        download: Let torchvision fetch what is missing.
+
+    Raises:
+        InputError: if there is no such data set or split; what to do about it is said.
+    """
+    if in_chans not in MODE_OF_CHANNELS:
+        raise InputError(
+            f"the model takes {in_chans} channels; pictures have {' or '.join(map(str, MODE_OF_CHANNELS))}"
+        )
+    if dataset == "":
+        return _folder(_split_folder(Path(data_dir), split), in_chans)
+    if dataset == "torch/imagenet":
+        return _imagenet(Path(data_dir), split, in_chans)
+    if dataset not in READERS:
+        allowed = ", ".join(f'"{name}"' for name in DATASETS)
+        raise InputError(f'dataset is "{dataset}"; implemented here: {allowed}{nearest(dataset, DATASETS[1:])}')
+    pixels, labels, classes = READERS[dataset](dataset, Path(data_dir), split, download)
+    return ArraySource(pixels, labels, classes, in_chans, f"{dataset} {split}")
+
+
+def same_split(one: str, other: str) -> bool:
+    """Return whether two names may stand for the same split, as ``train`` and ``training`` do."""
+    return other in _names(one)
+
+
+def _names(split: str) -> tuple[str, ...]:
+    return (split, *next((group for group in SYNONYMS if split in group), ()))
+
+
+def _split_folder(data_dir: Path, split: str) -> Path:
+    found = [data_dir / name for name in _names(split) if (data_dir / name).is_dir()]
+    if not split or not found:
+        raise InputError(f"{data_dir / split} is not a folder; expected {data_dir}/{split}/<class>/<image>")
+    return found[0]
+
+
+def _folder(folder: Path, in_chans: int) -> FolderSource:
+    try:
+        reader = ReaderImageFolder(str(folder))
+    except RuntimeError:
+        raise InputError(f"{folder} holds no images; expected {folder}/<class>/<image>") from None
+    except ValueError as error:  # digits of other scripts, in timm's sorting
+        raise InputError(f"{folder} holds a name that cannot be sorted: {error}") from None
+    if "" in reader.class_to_idx:
+        raise InputError(f"{folder} holds images outside of any class; expected {folder}/<class>/<image>")
+    # "1" and "01", or "a" and "A", are equal to timm: their order would be that of the hash seed, or the file system.
+    classes = sorted(reader.class_to_idx, key=lambda name: (natural_key(name), name))
+    label_of = {reader.class_to_idx[name]: label for label, name in enumerate(classes)}
+    start = len(os.path.join(folder, ""))
+    samples = [(path[start:], label_of[label]) for path, label in reader.samples]
+    samples.sort(key=lambda sample: (natural_key(sample[0]), sample[0]))
+    files = np.array([os.fsencode(path) for path, _ in samples])
+    return FolderSource(folder, files, torch.tensor([label for _, label in samples]), tuple(classes), in_chans)
+
+
+def _imagenet(data_dir: Path, split: str, in_chans: int) -> FolderSource:
+    """Return ImageNet as torchvision leaves it unpacked; its classes are the WordNet ids, as in a plain folder."""
+    if split != "train" and split not in SYNONYMS[1]:
+        raise InputError(f'split "{split}" of torch/imagenet; allowed: train, val')
+    name = "train" if split == "train" else "val"
+    if not (data_dir / name).is_dir():
+        unpack = f"python -c \"from torchvision.datasets import ImageNet; ImageNet('{data_dir}', '{name}')\""
+        raise InputError(
+            f"torch/imagenet: {data_dir / name} is not a folder; with the archives of image-net.org in {data_dir}, "
+            f"this unpacks them: {unpack}"
+        )
+    return _folder(data_dir / name, in_chans)

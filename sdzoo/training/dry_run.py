@@ -1,0 +1,93 @@
+"""What a recipe would cost, from its arithmetic and a few measured steps; nothing is written."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sdzoo.macs import count_macs
+from sdzoo.training.distributed import processes
+from sdzoo.training.engine import Run, where_the_data_is
+from sdzoo.training.recipe import Recipe
+from sdzoo.training.run_folder import RunFolder
+
+WARM_UP_STEPS = 2
+MEASURED_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training by a recipe would take.
+
+    ``relative_macs`` are the multiply-accumulates of training, on average over the gates, against constant depth;
+    ``step_s`` the lower quartile, median and upper quartile of the measured steps; ``memory_mib`` the most that this
+    process held.
+    """
+
+    parameters: int
+    blocks: int
+    training_images: int
+    validation_images: int
+    steps_per_epoch: int
+    epochs: int
+    processes: int
+    relative_macs: float
+    step_s: tuple[float, float, float]
+    mean_step_s: float
+    memory_mib: float
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def training_s(self) -> float:
+        """Estimated seconds of all steps; validation is not in it."""
+        return self.steps * self.mean_step_s
+
+
+def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = None) -> Cost:
+    """Do a few training steps by ``recipe`` and return what all of it would cost.
+
+    Raises:
+        InputError: as :func:`sdzoo.train`.
+    """
+    with processes(device) as team:
+        run = Run(recipe, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
+        trainer, data = run.trainer, run.training_data
+        macs = count_macs(trainer.model, run.config["input_size"])
+        trainer.enter_epoch()
+        count = min(WARM_UP_STEPS + MEASURED_STEPS, data.steps)
+        batches, seconds = data.epoch(0), []
+        for number in range(count):
+            started = time.perf_counter()
+            trainer.step(number, batches)
+            seconds.append(time.perf_counter() - started)
+        seconds = seconds[min(WARM_UP_STEPS, count - 1) :]
+        quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+        return Cost(
+            parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+            blocks=run.blocks,
+            training_images=data.images,
+            validation_images=run.validation_data.images,
+            steps_per_epoch=data.steps,
+            epochs=trainer.epochs,
+            processes=team.shard.world,
+            relative_macs=macs.training / macs.evaluation,
+            step_s=(quartiles[0], quartiles[1], quartiles[2]),
+            mean_step_s=statistics.mean(seconds),
+            memory_mib=_peak_memory_mib(team.device),
+        )
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
