@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from nets import random_images, randomise_batchnorm, without_probs
 from torch import Tensor, nn
 
-from sdzoo.calibration import calibrate_batchnorm
+import sdzoo
+from sdzoo.calibration import calibrate_batchnorm, recalibrate_batchnorm
+from sdzoo.errors import InputError
 
 
 def batchnorms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -122,3 +126,98 @@ def test_a_deep_untrained_network_comes_out_usable() -> None:
         assert model(images).abs().max() > 1e4  # why this is needed
         calibrate_batchnorm(model, [images])
         assert model(images).abs().max() < 100
+
+
+# At full depth, as in evaluation
+
+Statistics = dict[str, list[tuple[Tensor, Tensor]]]
+
+
+@torch.no_grad()
+def weighted_forward(model: Any, x: Tensor, probs: list[float], fed: Statistics) -> None:
+    """Compute ``sd_resnet20`` by hand: each norm by its batch, each branch weighted by p; note what norms are fed."""
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        own = model.get_submodule(name)
+        mean = x.mean((0, 2, 3), keepdim=True)
+        centred = x - mean
+        count = x.numel() // x.shape[1]
+        square = (centred**2).sum((0, 2, 3), keepdim=True)
+        fed[name].append((mean.flatten(), square.flatten() / (count - 1)))
+        weight, bias = own.weight.view(1, -1, 1, 1), own.bias.view(1, -1, 1, 1)
+        return centred / torch.sqrt(square / count + own.eps) * weight + bias
+
+    def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
+        return F.conv2d(x, model.get_submodule(name).weight, stride=stride, padding=1)
+
+    x = F.relu(norm("bn1", conv("conv1", x)))
+    for number, p in enumerate(probs):
+        block, stride = f"layer{number // 3 + 1}.{number % 3}", 2 if number in (3, 6) else 1
+        shortcut = x
+        if stride == 2:
+            shortcut = F.avg_pool2d(x, 2)
+            shortcut = torch.cat([shortcut, torch.zeros_like(shortcut)], dim=1)
+        branch = F.relu(norm(f"{block}.bn1", conv(f"{block}.conv1", x, stride)))
+        x = F.relu(shortcut + p * norm(f"{block}.bn2", conv(f"{block}.conv2", branch)))
+
+
+def test_recalibrated_statistics_are_the_averages_at_full_depth_of_branches_weighted_by_p() -> None:
+    probs = [0.9, 0.3, 1.0, 0.5, 0.7, 0.2, 0.8, 0.4, 0.6]
+    model = untrained(survival_probs=probs, drop_rate=0.5)
+    twin = untrained(survival_probs=probs).double()
+    fed: Statistics = {name: [] for name in batchnorms(twin)}
+    for batch in BATCHES:
+        weighted_forward(twin, batch.double(), probs, fed)
+    recalibrate_batchnorm(model, iter(BATCHES))
+    at_full_depth = untrained(survival_probs=probs)
+    calibrate_batchnorm(at_full_depth, BATCHES)
+    for name, norm in batchnorms(model).items():
+        mean, variance = (torch.stack(values).mean(0).float() for values in zip(*fed[name], strict=True))
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(norm.running_var, variance, rtol=1e-4, atol=1e-4, msg=name)
+        assert norm.num_batches_tracked == len(BATCHES)
+    last = "layer3.2.bn1"
+    assert not torch.allclose(batchnorms(model)[last].running_var, batchnorms(at_full_depth)[last].running_var)  # type: ignore[arg-type]
+
+
+def test_recalibration_leaves_weights_probabilities_and_modes() -> None:
+    model = untrained()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = set_modes(model)
+    recalibrate_batchnorm(model, BATCHES[:1])
+    assert modes(model) == before
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])}
+    kinds = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{name}.{kind}" for name in batchnorms(model) for kind in kinds}
+
+
+def test_recalibration_draws_no_gates_and_no_random_number() -> None:
+    model = untrained(survival_probs=[1e-6] * 9, drop_rate=0.5)
+    first, second = untrained(survival_probs=[1e-6] * 9, drop_rate=0.5), torch.get_rng_state()
+    recalibrate_batchnorm(model.train(), BATCHES)
+    assert torch.equal(torch.get_rng_state(), second)
+    recalibrate_batchnorm(first.eval(), BATCHES)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name])
+
+
+def test_recalibration_of_a_net_without_gates() -> None:
+    """A folded one has no BatchNorm either: nothing changes; a plain one is recalibrated as it is."""
+    model = timm.create_model("resnet18", num_classes=3).eval()
+    recalibrate_batchnorm(model, [random_images(4, 64)])
+    norm = batchnorms(model)["bn1"]
+    fed = model.get_submodule("conv1")(random_images(4, 64)).detach()
+    torch.testing.assert_close(norm.running_mean, fed.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    folded = sdzoo.fold(untrained())
+    before = folded(BATCHES[0])
+    recalibrate_batchnorm(folded, BATCHES)
+    assert torch.equal(folded(BATCHES[0]), before)
+
+
+@pytest.mark.parametrize("estimate", [calibrate_batchnorm, recalibrate_batchnorm])
+def test_without_batches_nothing_is_touched(estimate: Callable[[nn.Module, list[Tensor]], None]) -> None:
+    model = untrained()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match="no batches to take the statistics from"):
+        estimate(model, [])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

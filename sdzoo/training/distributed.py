@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from sdzoo.errors import InputError
 
 # A process that waits this long for another gives it up; one that died is noticed at once, by its closed connection.
 PATIENCE = timedelta(seconds=50)
+DOWNLOAD_PATIENCE = timedelta(hours=6)
 
 
 class LostProcess(RuntimeError):
@@ -38,6 +40,7 @@ class Processes:
 
     shard: Shard
     device: torch.device
+    patient: Any = None  # a group of all processes, in which one may wait long
 
     @property
     def leads(self) -> bool:
@@ -57,6 +60,27 @@ class Processes:
         with lost_processes_named(self.shard):
             dist.all_reduce(sums)
         return sums.tolist()
+
+    def union(self, part: dict[str, str]) -> dict[str, str]:
+        """Return the entries of all processes' ``part``; each must call it, in the same order."""
+        if not self.many:
+            return part
+        parts: list[Any] = [None] * self.shard.world
+        with lost_processes_named(self.shard):
+            dist.all_gather_object(parts, part, group=self.patient)
+        return {name: value for each in parts for name, value in each.items()}
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Let the first process through the ``with`` before the others: it fetches what all then find."""
+        with lost_processes_named(self.shard):
+            if self.many and not self.leads:
+                dist.barrier(self.patient)
+            try:
+                yield
+            finally:  # also if it failed: then the others find out why
+                if self.many and self.leads:
+                    dist.barrier(self.patient)
 
 
 @contextmanager
@@ -78,8 +102,9 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         return
     with lost_processes_named(shard):
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+        patient = dist.new_group(backend="gloo", timeout=DOWNLOAD_PATIENCE)
     try:
-        yield Processes(shard, chosen)
+        yield Processes(shard, chosen, patient)
     finally:
         dist.destroy_process_group()
 

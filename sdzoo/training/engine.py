@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdzoo.description import check_description
@@ -25,13 +25,14 @@ from sdzoo.extras import require
 from sdzoo.gate import gates
 from sdzoo.images import input_config
 from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_run, save_weights
+from sdzoo.training.data.corrupt import check_few
 from sdzoo.training.data.loader import EvaluationData, TrainingData, open_evaluation_data, open_training_data
 from sdzoo.training.distributed import Processes, Shard, processes
 from sdzoo.training.environment import differences, environment
 from sdzoo.training.evaluate import evaluate
 from sdzoo.training.model import create_model
 from sdzoo.training.recipe import Recipe
-from sdzoo.training.run_folder import RunFolder, StepLog
+from sdzoo.training.run_folder import EPOCH_COLUMNS, RunFolder, StepLog
 from sdzoo.training.step import Diverged, Step, Trainer
 from sdzoo.training.streams import stream_seed
 
@@ -152,8 +153,9 @@ class Run:
         model = create_model(recipe)
         self.blocks = len(gates(model))
         self.config = input_config(model)
-        self.training_data = open_training_data(recipe, data_dir, self.config, team.shard, team.device)
-        self.validation_data = self._evaluation_data(recipe.val_split)
+        with team.leader_first():
+            self.training_data = open_training_data(recipe, data_dir, self.config, team.shard, team.device)
+            self.validation_data = self._evaluation_data(recipe.val_split)
         self._check_data(model, self.training_data, self.validation_data)
         self.description = describe(model, self.training_data.classes)
         check_description(self.description)
@@ -161,6 +163,7 @@ class Run:
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
         self.environment = environment(recipe, team)
+        self.corrupt: dict[str, str] = {}
 
     def _evaluation_data(self, split: str, shard: Shard | None = None) -> EvaluationData:
         return open_evaluation_data(
@@ -266,6 +269,7 @@ class Run:
     def _finish_epoch(self) -> None:
         progress, trainer, started = self.progress, self.trainer, time.perf_counter()
         trainer.leave_epoch()
+        self._gather_corrupt()
         validation = evaluate(trainer.kept, self.validation_data, self.team)
         if not self._model_is_finite():
             raise Diverged(f"a weight or a statistic of BatchNorm is not finite after step {progress.step}")
@@ -306,6 +310,14 @@ class Run:
             )
         progress.log_s += time.perf_counter() - started
 
+    def _gather_corrupt(self) -> None:
+        """Say which images could not be read, on whatever process; the limit is that of the run."""
+        found = self.corrupt | self.team.union(self.training_data.corrupt)
+        check_few(found, self.training_data.images)
+        if self.team.leads and (new := sorted(found.keys() - self.corrupt.keys())):
+            print(f"{len(new)} corrupt training images are substituted: {', '.join(new)}", flush=True)
+        self.corrupt = found
+
     def _finish_run(self) -> None:
         """Measure the test split, if the recipe names one, with the best weights, and write down what came out."""
         progress, test = self.progress, None
@@ -315,8 +327,6 @@ class Run:
             test = evaluate(best, data)
             where = f"weights of epoch {progress.best_epoch}"
             print(f"test top-1 {test.top1_percent:.2f} % on {test.images} images, {where}", flush=True)
-        if corrupt := self.training_data.corrupt:
-            print(f"{len(corrupt)} corrupt training images were substituted: {', '.join(sorted(corrupt)[:5])}")
         self.folder.write_result(
             {
                 "model": self.recipe.model,
@@ -329,7 +339,7 @@ class Run:
                 "seconds": {
                     name: round(getattr(progress, f"{name}_s"), 3) for name in ("data", "step", "log", "validation")
                 },
-                "corrupt_training_images": sorted(corrupt),
+                "corrupt_training_images": sorted(self.corrupt),
                 "environment": self.environment,
             }
         )
@@ -361,6 +371,7 @@ class Run:
             "validation_data_sha256": self.validation_data.fingerprint,
             "environment": self.environment,
             "rows": self.rows,
+            "corrupt": self.corrupt,
         }
         save_run(self.folder.last, state)
 
@@ -375,13 +386,28 @@ class Run:
         weights, rest = read_checkpoint(last)
         if "progress" not in rest or "recipe" not in rest:
             raise InputError(f"{last} is no run of sdzoo's: it does not say where it stands")
+        try:
+            self._take_up(weights, rest, force)
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise InputError(f"{last} is not a whole run, or one of another version of sdzoo: {what}") from None
+
+    def _take_up(self, weights: dict[str, Tensor], rest: dict[str, Any], force: bool) -> None:
+        last = self.folder.last
         faults = self._other_run(rest, [float(p) for name, p in weights.items() if name.endswith("survival_prob")])
         if faults and not force:
             raise InputError(f"{last} is from another run: {'; '.join(faults)}; --force goes on all the same")
         if self.team.leads and (other := differences(rest["environment"], self.environment)):
             print(f"not bit for bit from here on: {'; '.join(other)}", flush=True)
-        self.trainer.restore({**rest, "state_dict": weights}, str(last))
-        self.progress, self.rows = Progress(**rest["progress"]), rest["rows"]
+        progress = {field.name: rest["progress"][field.name] for field in dataclasses.fields(Progress)}
+        rows = [{name: row[name] for name in EPOCH_COLUMNS} for row in rest["rows"]]
+        anew = self.trainer.restore({**rest, "state_dict": weights}, str(last))
+        if self.team.leads and anew:
+            print(f"not in {last}, starting anew: {', '.join(anew)}", flush=True)
+        self.progress, self.rows = Progress(**progress), rows
+        self.corrupt = rest.get("corrupt", {})
         steps = self.training_data.steps
         if self.progress.step != self.progress.epoch * steps + self.progress.batch:  # forced onto other data
             self.progress.batch = 0

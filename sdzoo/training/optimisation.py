@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from sdzoo.errors import InputError
 from sdzoo.training.recipe import Recipe
 
-# Of what an optimizer keeps beside its state, what recipes set; the rest are counters of its own.
-SETTINGS = {"lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "nesterov", "betas", "eps"}
+# Of what an optimizer keeps beside its state, what recipes set; the rest are its own counters, and the step's rate.
+SETTINGS = {"initial_lr", "lr_scale", "weight_decay", "momentum", "nesterov", "betas", "eps"}
 
 
 def criterion_settings(recipe: Recipe, soft_targets: bool) -> dict[str, Any]:
@@ -56,14 +56,18 @@ def create_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
         raise InputError(f"opt, opt_kwargs: {error}") from None
 
 
-def restore_optimizer(optimizer: Optimizer, state: dict[str, Any], is_the_same: bool) -> None:
-    """Load the ``state`` of an optimizer, but for its settings; one of another kind, or of other groups, is left."""
+def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> bool:
+    """Load the ``state`` of an optimizer of the same kind, but for its settings, and return True.
+
+    If its groups are others, nothing is loaded, and False returned.
+    """
     groups = optimizer.state_dict()["param_groups"]
-    if not is_the_same or [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
-        return
+    if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
+        return False
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, groups, strict=True):
         group.update({name: own[name] for name in own.keys() & SETTINGS})
+    return True
 
 
 def create_scheduler(recipe: Recipe, optimizer: Optimizer, steps: int) -> tuple[Scheduler, int]:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class RunFolder:
         """Check that a run may start here, or with ``resume`` go on.
 
         Raises:
-            InputError: if there is a run and ``resume`` was not asked for, or there are results of one without last.pth.
+            InputError: if there is a run and ``resume`` was not asked for, or results of one without last.pth.
         """
         if self.last.exists() and not resume:
             raise InputError(f"{self.path} already holds a run; resume it, or name another folder")
@@ -63,6 +63,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Create the folder and keep other processes from it; the lock ends with its process, however that ends.
 
+        What a process that was killed had begun to write, and not renamed yet, is removed.
+
         Raises:
             InputError: if the folder cannot be made, or another process trains in it.
         """
@@ -75,6 +77,9 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"cannot create {self.path}: {error.strerror}") from None
         try:
+            for file in (self.last, self.best, self.log, self.steps, self.recipe, self.result):
+                for half_written in self.path.glob(f".{file.name}.*{file.suffix}"):
+                    half_written.unlink()
             yield
         finally:
             lock.release()
@@ -118,18 +123,37 @@ class StepLog:
             kept += [line for line in lines[:steps_done] if line.endswith("\n")]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
+        self._path = path
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def add(self, *values: int | float) -> None:
-        """Add a row, in the order of the columns."""
-        self._file.write(",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values))
-        self._file.write("\n")
+        """Add a row, in the order of the columns.
+
+        Raises:
+            OSError: naming the file, as on a full disk.
+        """
+        row = ",".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
+        with self._named_errors():
+            self._file.write(f"{row}\n")
 
     def flush(self) -> None:
-        """Bring all rows to the disk: a checkpoint must not know of steps that the log does not."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Bring all rows to the disk: a checkpoint must not know of steps that the log does not.
+
+        Raises:
+            OSError: naming the file, as on a full disk.
+        """
+        with self._named_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; rows that no checkpoint knows of may be lost."""
+        with suppress(OSError):
+            self._file.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"cannot write {self._path}: {error.strerror}") from error

@@ -201,19 +201,25 @@ class Trainer:
             "draw_probs": self.draw_probs,
         }
 
-    def restore(self, state: dict[str, Any], source: str) -> None:
-        """Take up what :meth:`state` gave; survival probabilities are its own and nothing is rescaled.
+    def restore(self, state: dict[str, Any], source: str) -> list[str]:
+        """Take up what :meth:`state` gave, with its recipe, and return what it does not hold, which starts anew.
 
-        Where the recipe is another (a run is forced), it is the recipe that acts: the learning rate's schedule follows
-        from it and the step alone, so do the optimizer's settings, and what the checkpoint lacks starts anew.
+        Survival probabilities are its own and nothing is rescaled. Where the recipe is another (a run is forced), it is
+        the recipe that acts: the learning rate follows from it and the step alone, and so do the optimizer's settings.
 
         Raises:
             InputError: if the weights do not fit.
         """
+        anew = []
         load_state(self.model, state["state_dict"], source)
         if self.ema is not None:
             load_state(self.ema, state.get("state_dict_ema", state["state_dict"]), source)
-        restore_optimizer(self.optimizer, state["optimizer"], state["recipe"]["opt"] == self.recipe.opt)
+            anew += [] if "state_dict_ema" in state else ["moving average"]
+        if state["recipe"]["opt"] != self.recipe.opt or not restore_optimizer(self.optimizer, state["optimizer"]):
+            anew.append("optimizer")
         if state["amp_scaler"]:
             self.scaler.load_state_dict(state["amp_scaler"])
+        elif self.scaler.is_enabled():
+            anew.append("loss scale")
         self.draw_probs = state["draw_probs"]
+        return anew

@@ -44,11 +44,11 @@ def after_step(number: int, action: Callable[[Optimizer], None]) -> Iterator[Non
             action(trainer.optimizer)
         return result
 
-    Trainer.step = step
+    setattr(Trainer, "step", step)  # noqa: B010  of the same arguments, which a type checker cannot see
     try:
         yield
     finally:
-        Trainer.step = original
+        setattr(Trainer, "step", original)  # noqa: B010
 
 
 def interrupt(number: int = signal.SIGINT) -> Callable[[Optimizer], None]:

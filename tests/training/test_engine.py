@@ -572,7 +572,10 @@ def test_batchnorm_statistics_that_are_not_finite_are_divergence(
         lambda module, *_: norms.append(module) if isinstance(module, nn.BatchNorm2d) else None
     )
     try:
-        with after_step(6, spoil), pytest.raises(Diverged, match=r"not finite after step 8; .*last\.pth is from before"):
+        with (
+            after_step(6, spoil),
+            pytest.raises(Diverged, match=r"not finite after step 8; .*last\.pth is from before"),
+        ):
             train(make_recipe(), image_folder, tmp_path / "run", device="cpu")
     finally:
         handle.remove()

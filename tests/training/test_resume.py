@@ -78,8 +78,11 @@ def test_interrupted_and_resumed_run_is_the_undisturbed_one(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "opt",
-    ["adabelief", "adadelta", "adafactor", "adagrad", "adamax", "adan", "adopt", "lamb", "laprop", "lars", "lion"]
-    + ["madgrad", "mars", "muon", "nadamw", "nvnovograd", "radam", "rmsproptf", "sgdp", "sgdw", "cadamw", "adamp"],
+    [
+        *("adabelief", "adadelta", "adafactor", "adagrad", "adamax", "adamp", "adan", "adopt", "cadamw", "lamb"),
+        *("laprop", "lars", "lion", "lookahead_adamw", "madgrad", "mars", "muon", "nadamw", "novograd", "radam"),
+        *("rmsproptf", "sgdp", "sgdw"),
+    ],
 )
 def test_interrupted_and_resumed_run_under_timms_other_optimizers(
     image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, opt: str
@@ -211,14 +214,20 @@ def test_forced_extension_follows_the_new_schedule(own_run: Path, image_folder: 
     rest = forced(dataclasses.replace(finished_run.recipe, epochs=4), image_folder, own_run)
     assert rest["epoch"] == 4
     rates = [float(row["lr"]) for row in steps(own_run)]
-    expected = [0.05 * (1 + math.cos(math.pi * step / total)) for total, run in ((8, range(8)), (16, range(8, 16))) for step in run]
+    expected = [
+        0.05 * (1 + math.cos(math.pi * step / total))
+        for total, run in ((8, range(8)), (16, range(8, 16)))
+        for step in run
+    ]
     assert rates == pytest.approx(expected, rel=1e-4)
     assert [row["step"] for row in steps(own_run)] == [str(step) for step in range(1, 17)]
     assert [row["epoch"] for row in epochs(own_run)] == ["1", "2", "3", "4"]
 
 
 def test_forced_recipe_acts_on_the_optimizer(own_run: Path, image_folder: Path, finished_run: Any) -> None:
-    other = dataclasses.replace(finished_run.recipe, epochs=3, lr=0.03, weight_decay=0.02, momentum=0.5, sched="constant")
+    other = dataclasses.replace(
+        finished_run.recipe, epochs=3, lr=0.03, weight_decay=0.02, momentum=0.5, sched="constant"
+    )
     rest = forced(other, image_folder, own_run)
     groups = rest["optimizer"]["param_groups"]
     assert {group["lr"] for group in groups} == {0.03}
@@ -228,29 +237,36 @@ def test_forced_recipe_acts_on_the_optimizer(own_run: Path, image_folder: Path, 
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "anew"),
     [
-        {"model_ema": True},
-        {"amp": True},
-        {"opt": "adamw", "lr": 1e-3},
-        {"opt": "lamb", "lr": 1e-3},
-        {"layer_decay": 0.5},
-        {"opt_kwargs": {"nesterov": False}},
-        {"mixup": 0.5},
-        {"batch_size": 22},
-        {"train_split": "val", "val_split": "train", "batch_size": 4},
-        {"sdzoo": SdzooSettings(survival_warmup_epochs=2.0)},
+        ({"model_ema": True}, "moving average"),
+        ({"amp": True, "lr": 0.01}, "loss scale"),
+        ({"opt": "adamw", "lr": 1e-3}, "optimizer"),
+        ({"layer_decay": 0.5, "model_ema": True}, "moving average, optimizer"),
+        ({"opt_kwargs": {"nesterov": False}}, ""),
+        ({"mixup": 0.5}, ""),
+        ({"batch_size": 22}, ""),
+        ({"train_split": "val", "val_split": "train", "batch_size": 4}, ""),
+        ({"sdzoo": SdzooSettings(survival_warmup_epochs=2.0)}, ""),
     ],
     ids=str,
 )
-def test_forced_change_runs(own_run: Path, image_folder: Path, finished_run: Any, changes: dict[str, Any]) -> None:
+def test_forced_change_runs_and_says_what_starts_anew(
+    own_run: Path,
+    image_folder: Path,
+    finished_run: Any,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    anew: str,
+) -> None:
     recipe = dataclasses.replace(finished_run.recipe, **{"epochs": 3, **changes})
     rest = forced(recipe, image_folder, own_run)
     assert rest["epoch"] == 3
     assert rest["recipe"] == dataclasses.asdict(recipe)
     assert ("state_dict_ema" in rest) == recipe.model_ema
     assert [row["epoch"] for row in epochs(own_run)] == ["1", "2", "3"]
-    assert load_model(own_run / "last.pth") is not None
+    said = [line for line in capsys.readouterr().out.splitlines() if "starting anew" in line]
+    assert said == ([f"not in {own_run / 'last.pth'}, starting anew: {anew}"] if anew else [])
 
 
 def test_forced_without_the_average_that_it_had(image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -337,22 +353,25 @@ def test_a_flipped_bit_or_a_missing_end_is_refused_or_changes_nothing(
     content[int(place * len(content))] ^= 1 << bit
     path = tmp_path_factory.getbasetemp() / "flipped.pth"
     path.write_bytes(content if cut is None else content[: int(cut * len(content))])
+    message = ""
     try:
-        got = read_checkpoint(path)
+        assert same(read_checkpoint(path), read_checkpoint(source))
     except InputError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
-    else:
-        assert same(got, read_checkpoint(source))
+        message = str(error)
+    assert "\n" not in message
+    assert not message or str(path) in message
 
 
 ABSENT = object()
 
 
-@pytest.mark.parametrize("value", [ABSENT, None, 5, [], {}, "x"], ids=["absent", "None", "5", "[]", "{}", "x"])
+@pytest.mark.parametrize("value", [ABSENT, 5, "x"], ids=["absent", "5", "x"])
 @pytest.mark.parametrize(
     "key",
-    ["optimizer", "lr_scheduler", "amp_scaler", "draw_probs", "progress", "recipe", "environment", "rows", "epoch"]
-    + ["state_dict_ema", "data_sha256", "global_step"],
+    [
+        *("amp_scaler", "data_sha256", "draw_probs", "environment", "epoch", "global_step", "lr_scheduler"),
+        *("optimizer", "progress", "recipe", "rows", "state_dict_ema"),
+    ],
 )
 def test_a_checkpoint_that_lacks_a_part_or_has_another_in_its_place(
     key: str, value: Any, image_folder: Path, tmp_path: Path, ema_run: Path, make_recipe: MakeRecipe
@@ -369,10 +388,14 @@ def test_a_checkpoint_that_lacks_a_part_or_has_another_in_its_place(
     save_run(last, content)
     before = last.read_bytes()
     recipe = make_recipe(batch_size=33, model_ema=True)
+    message = ""
     try:
         train(recipe, image_folder, last.parent, resume=True, device="cpu")
     except InputError as error:
-        assert "\n" not in str(error) and str(last) in str(error)
+        message = str(error)
+    assert "\n" not in message
+    if message:
+        assert str(last) in message
         assert last.read_bytes() == before
     else:
         assert read_checkpoint(last)[1]["epoch"] == 2

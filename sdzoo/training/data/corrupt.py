@@ -45,14 +45,15 @@ def check_few(found: dict[str, str], count: int) -> None:
     Raises:
         InputError: naming some of them, if they are more than 0.1 % of ``count``, or more than 100.
     """
-    if _many(found, count):
+    if too_many(found, count):
         raise InputError(
             f"{len(found)} of {count} training images cannot be used; at most {1 / PER_IMAGES:.1%} and at most {MOST} "
             f"are replaced by others: {some(found)}"
         )
 
 
-def _many(found: dict[str, str], count: int) -> bool:
+def too_many(found: dict[str, str], count: int) -> bool:
+    """Return whether :func:`check_few` would raise."""
     return len(found) > MOST or len(found) * PER_IMAGES > count
 
 
@@ -106,7 +107,7 @@ def read_or_substitute(source: Source, index: int, seed: int, found: dict[str, s
             return read(source, taken), taken
         except CorruptImage as error:
             found[error.name] = error.reason
-            if _many(found, len(source)) or attempt + 1 == ATTEMPTS:
+            if too_many(found, len(source)) or attempt + 1 == ATTEMPTS:
                 raise
             taken = stream_seed(seed, "substitute", index, attempt) % len(source)
     raise AssertionError

@@ -24,7 +24,7 @@ from sdzoo.errors import InputError
 from sdzoo.extras import require
 from sdzoo.images import open_image
 from sdzoo.training.data.augment import Step, own_generators
-from sdzoo.training.data.corrupt import reason
+from sdzoo.training.data.corrupt import reason, too_many
 from sdzoo.training.data.streaming import Batch, Loader, collate, one_thread, transform_of
 from sdzoo.training.distributed import Shard
 from sdzoo.training.streams import stream, stream_seed
@@ -193,12 +193,14 @@ class _TrainingShards(_ShardBatches):
         for _ in range(worker, self.count, workers):
             corrupt: dict[str, str] = {}
             batch: list[tuple[Tensor, int, int]] = []
-            while len(batch) < self.batch_size:
+            missed = 0
+            while len(batch) < self.batch_size and not too_many(corrupt, self.shards.images):
                 taken = self.decoded(next(samples), corrupt, (self.seed, epoch))
                 if taken is not None:
                     batch.append(taken)
-                elif len(corrupt) > self.shards.images:
-                    raise _Unusable(f"no picture of {self.shards.files[0]} and others can be decoded")
+                missed = 0 if taken else missed + 1
+                if missed > self.shards.images:
+                    raise _Unusable(f"{self.shards.files[0]} and others hold no sample that can be used")
             yield collate(batch, corrupt)
 
     def shuffled(self, epoch: int, reader: int, readers: int) -> Iterator[dict[str, Any]]:

@@ -132,6 +132,12 @@ def test_rows_columns_and_flips_all_differ_from_epoch_to_epoch_and_from_seed_to_
         assert sum(a[part] == b[part] for a, b in zip(base, other, strict=True)) < most
 
 
+def test_every_epoch_of_one_object_is_that_of_another() -> None:
+    augment = BatchAugmentation(recipe(), GREY, CPU, 20)
+    for epoch in (0, 1, 5, 1):
+        assert torch.equal(augment(coded(20), torch.arange(20), epoch), augmented(20, epoch=epoch))
+
+
 def test_shifts_and_flips_are_uniform_and_independent() -> None:
     """4000 images: every one of 81 shifts and 2 mirrorings as often as chance has it, within 5 standard deviations."""
     count = 4000

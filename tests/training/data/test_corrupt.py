@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,15 @@ def test_in_what_is_held_out_a_corrupt_image_stops_the_evaluation_and_training_d
             evaluation(large, held_out=HeldOut(100, 7))
 
 
-def test_what_is_substituted_does_not_depend_on_workers_or_memory(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [PLAIN, {"color_jitter": 0.4, "batch_size": 100}], ids=["plain", "jitter"])
+def test_what_is_substituted_does_not_depend_on_workers_or_memory(
+    large: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     with damaged(large, 3, 1000):
-        expected = epoch_of(training(large, config=SMALL, **PLAIN))
+        expected = epoch_of(training(large, config=SMALL, **options))
         monkeypatch.setattr(image_set, "MEMORY_LIMIT_GIB", 0)
         for workers in (0, 2):
-            assert_same(epoch_of(training(large, config=SMALL, workers=workers, **PLAIN)), expected)
+            assert_same(epoch_of(training(large, config=SMALL, workers=workers, **options)), expected)
 
 
 @pytest.mark.parametrize("kind", ["16 bits", "tiny", "missing", "folder", "empty", "text"])
@@ -253,6 +257,23 @@ def test_damage_of_any_kind_is_one_line_and_never_another_error(tmp_path: Path) 
         data = evaluation(tmp_path, skip_corrupt=True, config=CONFIG)
     assert set(data.corrupt) == set(corrupt)
     assert sum(len(labels) for _, labels in data.batches()) == len(contents) - len(corrupt) == data.images
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack requires 4 bytes"), IndexError(), KeyError("x"), EOFError()])
+def test_whatever_a_decoder_raises_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    write_folder(tmp_path, count=1)
+    source = open_source("", tmp_path, "train")
+
+    def fail(_: int) -> Any:
+        raise error
+
+    monkeypatch.setattr(source, "image", fail)
+    with pytest.raises(CorruptImage) as caught:
+        read(source, 1)
+    assert caught.value.reason
+    error = MemoryError()  # is the machine's, not the file's
+    with pytest.raises(MemoryError):
+        read(source, 1)
 
 
 def test_a_refusal_shows_a_few_of_many() -> None:

@@ -6,8 +6,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_sets import (
     CONFIG,
     HEAVY,
@@ -188,6 +190,22 @@ def test_data_sets_can_be_sent_to_workers_that_are_not_forked(folder: Path, way:
     assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
 
 
+def test_pictures_are_augmented_in_one_thread_as_in_a_worker(folder: Path) -> None:
+    seen = []
+
+    def note(image: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return image
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        Samples(open_source("", folder, "train"), [note], 7).__getitems__([(0, 1)])
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_held_out_more_than_there_is(folder: Path) -> None:
     with pytest.raises(InputError, match="held_out is 54; train has 54 images"):
         training(folder, held_out=54)
@@ -239,6 +257,11 @@ def test_cifar_is_trained_on_as_it_is_stored(tmp_path: Path, monkeypatch: pytest
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     assert open_evaluation_data(made, tmp_path, "train", CONFIG).images == 50
     assert open_evaluation_data(made, tmp_path, "test", CONFIG).images == 30
+    zoomed = open_split("torch/cifar10", tmp_path, "test", {**CONFIG, "crop_pct": 0.5})
+    for image, stored in zip(all_of(zoomed)[0], pixels[150:], strict=True):
+        picture = Image.fromarray(stored.transpose(1, 2, 0)).resize((64, 64), Image.Resampling.BILINEAR)
+        inner = torch.from_numpy(np.array(picture.crop((16, 16, 48, 48)))).permute(2, 0, 1)
+        torch.testing.assert_close(image, normalised(inner), rtol=0, atol=1e-5)
     larger = training(tmp_path, config={**CONFIG, "input_size": (3, 48, 48)}, made=made)
     assert epoch_of(larger)[0][0].shape == (100, 3, 48, 48)
     grey = training(tmp_path, config={**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}, made=made)

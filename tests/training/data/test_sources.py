@@ -69,11 +69,11 @@ def test_a_split_is_its_folder_or_one_that_timm_knows_by_another_name(
 
 def test_classes_and_files_that_timm_cannot_tell_apart_have_an_order_all_the_same(tmp_path: Path) -> None:
     """timm sorts "1" and "01" as equal, so that their labels would be those of Python's hash seed."""
-    for name in ("01", "1", "001", "b", "B"):
+    for name in ("0001", "01", "1", "001", "b", "B"):
         for file in ("7.png", "07.png"):
             save(tmp_path / "train" / name / file)
     source = open_source("", tmp_path, "train")
-    assert source.classes == ("001", "01", "1", "B", "b")
+    assert source.classes == ("0001", "001", "01", "1", "B", "b")
     names = [Path(source.name(index)) for index in range(len(source))]
     assert names == [tmp_path / "train" / name / file for name in source.classes for file in ("07.png", "7.png")]
     assert [source.classes[label] for label in source.labels] == [name.parent.name for name in names]

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from small_sets import (
     all_of,
     assert_same,
     epoch_of,
+    named_seed,
     normalised,
     recipe,
     stacked,
     training,
     write_shards,
 )
+from timm.data import create_transform
 
 from sdzoo import extras
 from sdzoo.errors import InputError
@@ -126,6 +129,21 @@ def test_augmentation_follows_from_the_bytes_of_a_picture(shards: Path) -> None:
     assert len(one) == 64 and other < one
     assert not one & {image.numpy().tobytes() for image in stacked(epoch_of(training(shards, **options), 1))[0]}
     assert content_key(b"x") == int(hashlib.blake2b(b"x", digest_size=8).hexdigest(), 16) // 2
+
+
+def test_a_picture_is_timms_transform_seeded_by_its_bytes(shards: Path) -> None:
+    made = recipe(**WDS | {"no_aug": False, "train_crop_mode": "rrc", "scale": [0.3, 1.0]})
+    got = {image.numpy().tobytes() for image in stacked(epoch_of(training(shards, made=made), 1))[0]}
+    transform: Any = create_transform(
+        (3, 32, 32), is_training=True, scale=(0.3, 1.0), color_jitter=0.0, interpolation="random", normalize=False
+    )
+    mean, std = (torch.tensor([255 * v for v in CONFIG[name]]).view(-1, 1, 1) for name in ("mean", "std"))
+    for _, content, _ in write_shards(shards / "again", COUNTS)[:5]:
+        seed = named_seed(7, "augment", 1, content_key(content))
+        random.seed(seed)
+        torch.manual_seed(seed)
+        image = (transform(Image.open(io.BytesIO(content))).float() - mean) / std
+        assert image.numpy().tobytes() in got
 
 
 def test_pad4_of_shards_follows_from_the_bytes_too(shards: Path) -> None:
@@ -242,6 +260,15 @@ def test_a_truncated_shard_and_an_empty_one_stop_the_run(tmp_path: Path, workers
         with pytest.raises(InputError, match=r"x-train-0000\.tar") as caught:
             epoch_of(training(tmp_path, **options))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_of_which_nothing_can_be_used_stop_the_run(tmp_path: Path, workers: int) -> None:
+    options = WDS | {"train_split": "x-train-0000.tar|16", "workers": workers}
+    for change, message in ({"png": b"damaged"}, "of 16 training images"), ({"cls": b"-1"}, "no sample that can be"):
+        rewritten(tmp_path, [16], dict.fromkeys(range(16), change))
+        with pytest.raises(InputError, match=message):
+            epoch_of(training(tmp_path, **options))
 
 
 def test_labels_from_the_json_that_the_description_names(tmp_path: Path) -> None:
