@@ -30,6 +30,7 @@ BUNDLED = "sd_resnet20.cifar10_jpeg"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's own) and return its exit code."""
     arguments = _parser().parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else list(argv)
     # What is heavy is imported by the command that needs it, so that --help answers at once.
     from sdzoo.training.distributed import LostProcess
     from sdzoo.training.engine import Diverged, Interrupted
@@ -158,7 +159,7 @@ def _recipe_copy(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from sdzoo.training.distributed import LostProcess
-    from sdzoo.training.engine import Comforts, train
+    from sdzoo.training.engine import Comforts, Interrupted, train, where_the_data_is
     from sdzoo.training.recipe_file import find_recipe, load_recipe
 
     path = find_recipe(arguments.recipe)
@@ -167,29 +168,26 @@ def _train(arguments: argparse.Namespace) -> None:
         _dry_run(recipe, arguments)
         return
     output = Path(arguments.output or Path("runs") / path.stem)
-    data = arguments.data_dir or recipe.data_dir
+    data = where_the_data_is(recipe, arguments.data_dir)
     leads = int(os.environ.get("RANK", 0)) == 0
     if leads:
         print(f"training {recipe.model} by {path} on {data} for {recipe.epochs} epochs into {output}", flush=True)
     comforts = Comforts(arguments.checkpoint_interval_s, arguments.tensorboard, arguments.profile)
     try:
         best = train(recipe, data, output, arguments.resume, arguments.device, arguments.force, comforts)
-    except LostProcess as error:
-        if leads and (output / "last.pth").is_file():
-            raise LostProcess(f"{error}; go on with: {_resume_command()}") from None
-        raise
+    except (LostProcess, Interrupted) as error:
+        raise type(error)(f"{error}; next: {_this_command(arguments, '--resume')}" if leads else str(error)) from None
     if leads:
-        dataset = f" --dataset {recipe.dataset}" if recipe.dataset else ""
-        print(f"done: {best}\nnext: sdzoo eval {best} --data-dir {data}{dataset} --split test")
+        print(f"done: {best}\nnext: sdzoo export {shlex.quote(str(best))} -o model.onnx")
 
 
-def _resume_command() -> str:
-    """Return the command that goes on with this run in as many processes."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = int(os.environ.get("WORLD_SIZE", 1)) // here
-    start = ["torchrun", *([f"--nnodes={nodes}"] if nodes > 1 else []), f"--nproc-per-node={here}", "-m", "sdzoo"]
-    given = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join([*start, *given, "--resume"])
+def _this_command(arguments: argparse.Namespace, *more: str) -> str:
+    """Return the command that started this process and the others of its run, with ``more`` and for real."""
+    given = [argument for argument in arguments.argv if argument not in (*more, "--dry-run")]
+    here, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    start = ["sdzoo"] if world == 1 else ["torchrun", f"--nproc-per-node={here}", "-m", "sdzoo"]
+    command = shlex.join([*start, *given, *more])
+    return command if here == world else f"{command} (with --nnodes and --rdzv-endpoint as before, on every machine)"
 
 
 def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
@@ -197,23 +195,26 @@ def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
     from sdzoo.training.dry_run import dry_run
 
-    print(f"measuring a few steps of {recipe.model}; nothing is written", flush=True)
+    leads = int(os.environ.get("RANK", 0)) == 0
+    if leads:
+        print(f"measuring a few steps of {recipe.model}; nothing is written", flush=True)
     cost = dry_run(recipe, arguments.data_dir, arguments.device)
+    if not leads:
+        return
     low, middle, high = (1000 * value for value in cost.step_s)
     many = f", {cost.processes} processes" if cost.processes > 1 else ""
     rows = {
         "model": f"{recipe.model}, {cost.parameters:,} parameters, {cost.blocks} blocks",
         "data": f"{cost.training_images:,} images to train on, {cost.validation_images:,} to validate",
         "steps": f"{cost.steps_per_epoch:,} an epoch, {cost.epochs} epochs, {cost.steps:,} in all{many}",
-        "cost": f"{cost.relative_macs:.1%} of constant depth (multiply-accumulates, mean over the gates)",
+        "cost": f"{cost.relative_macs:.1%} of constant depth (multiply-accumulates, mean over gates and epochs)",
         "memory": f"{cost.memory_mib:,.0f} MiB at most, in this process",
         "time": f"{middle:.0f} ms a step (quartiles {low:.0f} - {high:.0f}): about "
         f"{tqdm.format_interval(cost.training_s)} in all, validation not counted",
     }
     for name, value in rows.items():
         print(f"{name:<8}{value}")
-    data = f" --data-dir {arguments.data_dir}" if arguments.data_dir else ""
-    print(f"next: sdzoo train {arguments.recipe}{data}")
+    print(f"next: {_this_command(arguments)}")
 
 
 def _plot(arguments: argparse.Namespace) -> None:

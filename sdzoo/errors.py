@@ -16,5 +16,18 @@ class ParityError(RuntimeError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; nearest: x"`` for the known name closest to ``name``, or ``""`` if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; nearest: {close[0]}" if close else ""
+    close = difflib.get_close_matches(name, list(known), n=5, cutoff=0.6)
+    if not close:
+        return ""
+    # Among equally close ones, that which begins alike: sd_resnet21 is rather sd_resnet20 than sd_resnet32.
+    return f"; nearest: {max(close, key=lambda other: (_likeness(other, name), _common_start(other, name)))}"
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _common_start(one: str, other: str) -> int:
+    return next(
+        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(map(len, (one, other)))
+    )

@@ -675,7 +675,7 @@ def test_train_writes_its_folder_and_says_the_next_command(trained: Run, data: P
         "result.json",
         "steps.csv",
     ]
-    assert f"next: sdzoo eval {trained.best} --data-dir {data} --split test" in trained.out
+    assert f"next: sdzoo export {trained.best} -o model.onnx" in trained.out
     assert "epoch 2/2" in trained.out
 
 
@@ -807,7 +807,7 @@ def test_dry_run_says_what_it_would_take_and_writes_nothing(capsys: Capture, tra
     assert "12 images to train on, 6 to validate" in said
     assert "2 an epoch, 2 epochs, 4 in all" in said
     assert "72.7% of constant depth" in said  # 29.5 of 40.5 million: facts of the 20-layer network, as sdzoo list
-    assert said.endswith(f"next: sdzoo train {trained.recipe} --data-dir {data}\n")
+    assert said.endswith(f"next: sdzoo train {trained.recipe} --data-dir {data} -o {trained.folder}\n")
     assert "12 images to train on" in done(capsys, "train", trained.recipe, "--data-dir", data, "--dry-run")
 
 

@@ -63,10 +63,14 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
         run = Run(recipe, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
         trainer, data = run.trainer, run.training_data
         macs = count_macs(trainer.model, run.config["input_size"])
+        warmup = recipe.sdzoo.survival_warmup_epochs / trainer.epochs  # over it, 1 - p rises from 0 in a straight line
+        relative = macs.training / macs.evaluation
+        relative += (1 - relative) * warmup / 2
         trainer.enter_epoch()
         count = min(WARM_UP_STEPS + MEASURED_STEPS, data.steps)
-        batches, seconds = data.epoch(0), []
-        for number in range(count):
+        middle = trainer.epochs // 2  # where a survival warm-up is over, and the learning rate is a usual one
+        batches, seconds = data.epoch(middle), []
+        for number in range(middle * data.steps, middle * data.steps + count):
             started = time.perf_counter()
             trainer.step(number, batches)
             seconds.append(time.perf_counter() - started)
@@ -80,7 +84,7 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
             steps_per_epoch=data.steps,
             epochs=trainer.epochs,
             processes=team.shard.world,
-            relative_macs=macs.training / macs.evaluation,
+            relative_macs=relative if any(trainer.drawing) else 1.0,
             step_s=(quartiles[0], quartiles[1], quartiles[2]),
             mean_step_s=statistics.mean(seconds),
             memory_mib=_peak_memory_mib(team.device),

@@ -156,7 +156,9 @@ class Run:
         with team.leader_first():
             self.training_data = open_training_data(recipe, data_dir, self.config, team.shard, team.device)
             self.validation_data = self._evaluation_data(recipe.val_split)
-        self._check_data(model, self.training_data, self.validation_data)
+        test = recipe.sdzoo.test_split if team.leads else ""
+        self.test_data = self._evaluation_data(test, Shard()) if test else None
+        self._check_data(model, self.training_data, self.validation_data, self.test_data)
         self.description = describe(model, self.training_data.classes)
         check_description(self.description)
         self.trainer = Trainer(recipe, model, self.training_data.steps, team)
@@ -170,8 +172,8 @@ class Run:
             self.recipe, self.data_dir, split, self.config, shard or self.team.shard, self.team.device
         )
 
-    def _check_data(self, model: nn.Module, training: TrainingData, validation: EvaluationData) -> None:
-        if training.classes != validation.classes:
+    def _check_data(self, model: nn.Module, training: TrainingData, *others: EvaluationData | None) -> None:
+        if any(other is not None and training.classes != other.classes for other in others):
             raise InputError(f"the splits of {self.data_dir} have different classes")
         if model.num_classes != len(training.classes):
             raise InputError(f"{self.data_dir} has {len(training.classes)} classes, the model {model.num_classes}")
@@ -240,11 +242,13 @@ class Run:
                     profiler.step()
                 # Several processes agree to stop in the next step; one alone need not wait for it.
                 asked = step.stop or (stop.is_set() and not self.team.many)
+                saved = False
                 if asked or time.monotonic() - self.saved_at >= self.comforts.checkpoint_interval_s:
-                    self._save_within_epoch()
+                    saved = self._save_within_epoch()
                 if asked:
-                    where = f"epoch {progress.epoch + 1}, batch {progress.batch}"
-                    raise Interrupted(f"stopped in {where}; {self.folder.last} goes on")
+                    kept = f"{self.folder.last} goes on" + ("" if saved else " from the start of an epoch")
+                    kept = kept if saved or self.folder.last.is_file() else "nothing was saved yet"
+                    raise Interrupted(f"stopped in epoch {progress.epoch + 1}, batch {progress.batch}; {kept}")
                 progress.log_s += time.perf_counter() - done
 
     def _count(self, step: Step) -> None:
@@ -321,10 +325,9 @@ class Run:
     def _finish_run(self) -> None:
         """Measure the test split, if the recipe names one, with the best weights, and write down what came out."""
         progress, test = self.progress, None
-        if split := self.recipe.sdzoo.test_split:
-            data = self._evaluation_data(split, Shard())
+        if self.test_data is not None:
             best = load_model(self.folder.best).to(self.team.device)
-            test = evaluate(best, data)
+            test = evaluate(best, self.test_data)
             where = f"weights of epoch {progress.best_epoch}"
             print(f"test top-1 {test.top1_percent:.2f} % on {test.images} images, {where}", flush=True)
         self.folder.write_result(
@@ -347,10 +350,12 @@ class Run:
     def _model_is_finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in self.trainer.model.state_dict().values())
 
-    def _save_within_epoch(self) -> None:
+    def _save_within_epoch(self) -> bool:
         # Only some data can be entered within an epoch; and weights that a step broke, the next one's loss will tell.
-        if self.training_data.exact_position and self._model_is_finite():
-            self._save_last()
+        if not (self.training_data.exact_position and self._model_is_finite()):
+            return False
+        self._save_last()
+        return True
 
     def _save_last(self) -> None:
         self.saved_at = time.monotonic()
@@ -408,6 +413,8 @@ class Run:
             print(f"not in {last}, starting anew: {', '.join(anew)}", flush=True)
         self.progress, self.rows = Progress(**progress), rows
         self.corrupt = rest.get("corrupt", {})
+        if rest.get("validation_data_sha256") != self.validation_data.fingerprint:  # forced: no figure to compare with
+            self.progress.best_epoch, self.progress.best_top1_percent = 0, -1.0
         steps = self.training_data.steps
         if self.progress.step != self.progress.epoch * steps + self.progress.batch:  # forced onto other data
             self.progress.batch = 0

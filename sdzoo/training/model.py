@@ -8,14 +8,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sdzoo.description import ARCHITECTURE
 from sdzoo.errors import InputError
-from sdzoo.registry import check_name
 from sdzoo.training.checkpoint import load_state, read_checkpoint
 from sdzoo.training.recipe import Recipe
-
-# What model_kwargs may hold beside the architecture, which checkpoints keep.
-MODEL_KWARGS = ("drop_block_rate", "in_chans", "mode", "pretrained_cfg", "schedule", "survival_probs", "zero_init_last")
+from sdzoo.training.recipe_faults import faults_about
 
 
 def create_model(recipe: Recipe) -> nn.Module:
@@ -24,7 +20,6 @@ def create_model(recipe: Recipe) -> nn.Module:
     Raises:
         InputError: if there is no such model, it refuses what the recipe says of it, or the checkpoint does not fit.
     """
-    check_name(recipe.model)
     names = ("mean", "std", "interpolation", "crop_pct")
     overlay = {name: getattr(recipe, name) for name in names if getattr(recipe, name)}
     keywords: dict[str, Any] = {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
@@ -34,9 +29,8 @@ def create_model(recipe: Recipe) -> nn.Module:
         keywords["drop_block_rate"] = recipe.drop_block
     if recipe.input_size is not None:
         overlay["input_size"], keywords["in_chans"] = tuple(recipe.input_size), recipe.input_size[0]
-    allowed = (*ARCHITECTURE, *MODEL_KWARGS)
-    if other := sorted(recipe.model_kwargs.keys() - set(allowed)):
-        raise InputError(f"model_kwargs holds {', '.join(other)}; allowed: {', '.join(sorted(allowed))}")
+    if faults := [text for keys, text in faults_about(recipe) if keys in (("model",), ("model_kwargs",))]:
+        raise InputError("; ".join(faults))
     if twice := sorted(keywords.keys() & recipe.model_kwargs.keys()):
         raise InputError(f"model_kwargs holds {', '.join(twice)}, which has a key of its own")
     try:

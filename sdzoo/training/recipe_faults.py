@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.optim import get_optimizer_info, list_optimizers
 
-from sdzoo.errors import nearest
+from sdzoo.description import ARCHITECTURE
+from sdzoo.errors import InputError, nearest
 from sdzoo.images import INTERPOLATIONS
+from sdzoo.registry import check_name
 from sdzoo.training.timm_keys import TIMM_KEYS
 
 if TYPE_CHECKING:
@@ -59,6 +62,12 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixup_mode": ("batch",),
     "sdzoo.trainable": ("all", "head"),
 }
+# What model_kwargs may hold: the architecture, which checkpoints keep, and these.
+MODEL_KWARGS = (
+    *ARCHITECTURE,
+    *("drop_block_rate", "in_chans", "mode", "pretrained_cfg", "schedule", "survival_probs", "zero_init_last"),
+)
+_OWN_KEYS = {"num_classes": "num_classes", "drop_rate": "drop", "drop_path_rate": "drop_path"}
 _LENGTHS = {"input_size": 3, "scale": 2, "ratio": 2, "cutmix_minmax": 2}
 # Of these timm reads every split but train as the test set: there is none for validation.
 _WITHOUT_VALIDATION = ("torch/cifar10", "torch/cifar100", "torch/svhn")
@@ -107,6 +116,16 @@ def _lists(recipe: Recipe) -> Faults:
 
 
 def _model(recipe: Recipe) -> Faults:
+    if recipe.model:
+        try:
+            check_name(recipe.model)
+        except InputError as error:
+            yield ("model",), str(error)
+    for key in sorted(map(str, recipe.model_kwargs.keys() - MODEL_KWARGS)):
+        has_its_own = f"; give it as {_OWN_KEYS[key]}" if key in _OWN_KEYS else nearest(key, MODEL_KWARGS)
+        yield ("model_kwargs",), f"model_kwargs.{key}: unknown key{has_its_own}"
+    if recipe.initial_checkpoint and not recipe.pretrained and not Path(recipe.initial_checkpoint).is_file():
+        yield ("initial_checkpoint",), f"initial_checkpoint {recipe.initial_checkpoint} does not exist"
     if other := [module for module in recipe.device_modules or () if module != "sdzoo"]:
         yield ("device_modules",), f"device_modules names {', '.join(other)}; implemented here: sdzoo"
     if recipe.pretrained and recipe.initial_checkpoint:
@@ -125,7 +144,9 @@ def _data(recipe: Recipe) -> Faults:
     if dataset and dataset not in _DATASETS and not shards:
         known = ", ".join(['"" (a folder of class folders)', *_DATASETS, "wds/..."])
         yield ("dataset",), f'dataset is "{dataset}"; implemented here: {known}'
-    if in_two and train != "train":
+    if not shards and (other := sorted(name for name in {train, val, test} if name and PurePath(name).name != name)):
+        yield about, f"splits are names, not paths: {', '.join(other)}"
+    elif in_two and train != "train":
         yield about, f'train_split is "{train}"; {dataset} has train and test'
     elif not val:
         yield about, "val_split is empty; the weights to keep are chosen by it"
@@ -164,6 +185,8 @@ def _optimizer(recipe: Recipe) -> Faults:
     if name not in known:
         yield ("opt",), f'opt is "{recipe.opt}", which timm does not have{nearest(name, known)}'
         return
+    if twice := sorted(recipe.opt_kwargs.keys() & {"lr", "weight_decay", "momentum", "layer_decay", "opt"}):
+        yield ("opt_kwargs",), f"opt_kwargs holds {', '.join(twice)}, which has a key of its own"
     info = get_optimizer_info(name)
     package = info.opt_class.partition(".")[0] if isinstance(info.opt_class, str) else ""
     if info.second_order:
@@ -191,6 +214,10 @@ def _augmentation(recipe: Recipe) -> Faults:
         except Exception as error:  # timm asserts, looks up and converts what it finds between the dashes
             reason = " ".join(str(error).split()) or type(error).__name__
             yield ("aa",), f'aa is "{recipe.aa}", which timm cannot read: {reason}'
+    if recipe.no_aug:
+        for key in ("aa", "reprob", "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"):
+            if _value(recipe, key) != TIMM_KEYS[key]:
+                yield ("no_aug", key), f"{key} is set, but so is no_aug: it would never act"
     if recipe.mixes and recipe.batch_size % 2:
         yield ("batch_size", "mixup", "cutmix"), f"batch_size is {recipe.batch_size}; mixup and cutmix need an even one"
 

@@ -93,7 +93,9 @@ class Trainer:
             compile_blocks(self.model, backend=recipe.torchcompile)
         if team.many:
             with lost_processes_named(team.shard):
-                self.task.prepare_distributed(device_ids=[team.device] if team.device.type == "cuda" else None)
+                cards = [team.device] if team.device.type == "cuda" else None
+                # Every forward starts from the first process's statistics: what that one saves is all there is to know.
+                self.task.prepare_distributed(device_ids=cards, broadcast_buffers=True)
 
     @property
     def kept(self) -> nn.Module:
@@ -106,7 +108,7 @@ class Trainer:
         self.drawing = [gate.training for gate in self.gates]
 
     def leave_epoch(self) -> None:
-        """Make the processes' models one: BatchNorm statistics are each process's own until here."""
+        """Make the processes' models one: since the last forward, BatchNorm statistics are each process's own."""
         if self.team.many:
             with lost_processes_named(self.team.shard):
                 if self.recipe.dist_bn:
@@ -141,7 +143,7 @@ class Trainer:
                 loss += part.item()
         loss, stop_asked = self.team.total(loss / shard.world, stop)
         if not math.isfinite(loss) and not self.scaler.is_enabled():
-            raise Diverged(f"the loss is {loss} at step {number}")
+            raise Diverged(f"the loss is {loss} at step {number + 1}")
         self.scaler.unscale_(self.optimizer)
         gradient = self.first_conv.weight.grad
         magnitude = 0.0 if gradient is None else gradient.abs().mean().item()
@@ -187,7 +189,7 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= SKIPPED_IN_A_ROW:
             what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-            raise Diverged(f"{what} at step {number}, the {SKIPPED_IN_A_ROW}th in a row that is skipped")
+            raise Diverged(f"{what} at step {number + 1}, the {SKIPPED_IN_A_ROW}th in a row that is skipped")
 
     def state(self) -> dict[str, Any]:
         """Return all that a run needs to go on, under the names that timm gives it."""

@@ -253,7 +253,7 @@ def open_split(
     if dataset.startswith(WEB_PREFIX):
         if held_out is not None and held_out.number:
             raise InputError(f"held_out is {held_out.number}; {dataset} cannot be indexed: give it a split of its own")
-        shards = open_shards(data_dir, split, num_samples, num_classes, size[0], "val_num_samples")
+        shards = open_shards(data_dir, split, num_samples, num_classes, size[0])
         read_all = evaluation_reader(shards, steps, shard, batch_size, workers)
         return EvaluationData(
             _identity(dataset, split, shards), shards.classes, shards.images, read_all, normalise, skip_corrupt

@@ -52,7 +52,7 @@ class Shards:
 
 
 def open_shards(
-    data_dir: str | Path, split: str, num_samples: int | None, num_classes: int | None, in_chans: int, key: str
+    data_dir: str | Path, split: str, num_samples: int | None, num_classes: int | None, in_chans: int, key: str = ""
 ) -> Shards:
     """Return a split as timm reads it: a name in ``data_dir/_info.json``, or ``name-{0000..0009}.tar``.
 
@@ -62,7 +62,7 @@ def open_shards(
         num_samples: Samples in it, where ``_info.json`` does not say.
         num_classes: How many classes there are; shards do not name them.
         in_chans: Channels that the model takes.
-        key: The recipe's key for ``num_samples``, to say what is missing.
+        key: The recipe's key for ``num_samples``, where the number must be known; else it may be 0, unknown.
 
     Raises:
         InputError: if there is no such split, a shard is missing, or the number of samples or classes is unknown.
@@ -85,13 +85,13 @@ def open_shards(
     ]
     if missing or not files:
         raise InputError(f"{len(missing)} of {len(files)} shards do not exist: {', '.join(missing[:3])}")
-    if not reader.num_samples:
+    if key and not reader.num_samples:
         raise InputError(f'{key} is needed: {data_dir}/_info.json does not say how many samples "{split}" has')
     if not num_classes:
         raise InputError("num_classes is needed: WebDataset shards do not name their classes")
     classes = tuple(str(label) for label in range(num_classes))
     lengths = tuple(info.shard_lengths) if num_samples in (None, info.num_samples) else ()
-    return Shards(files, lengths, int(reader.num_samples), classes, info.alt_label, in_chans)
+    return Shards(files, lengths, int(reader.num_samples or 0), classes, info.alt_label, in_chans)
 
 
 class _Unusable(Exception):
@@ -278,7 +278,7 @@ def evaluation_reader(
     """
     own = len(shards.files[shard.rank :: shard.world])
     expected = sum(shards.lengths[shard.rank :: shard.world]) if shards.lengths else shards.images
-    known = bool(shards.lengths) or shard.world == 1
+    known = bool(shards.lengths) or (shard.world == 1 and shards.images > 0)
     loader = Loader(_EvaluationShards(shards, steps, shard, batch_size), min(workers, own), batch_size=None)
 
     def read() -> Iterator[Batch]:
