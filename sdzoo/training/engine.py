@@ -412,7 +412,7 @@ class Run:
         if self.team.leads and anew:
             print(f"not in {last}, starting anew: {', '.join(anew)}", flush=True)
         self.progress, self.rows = Progress(**progress), rows
-        self.corrupt = rest.get("corrupt", {})
+        self.corrupt = dict(rest.get("corrupt", {}))
         if rest.get("validation_data_sha256") != self.validation_data.fingerprint:  # forced: no figure to compare with
             self.progress.best_epoch, self.progress.best_top1_percent = 0, -1.0
         steps = self.training_data.steps

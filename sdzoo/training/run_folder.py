@@ -50,7 +50,7 @@ class RunFolder:
         """
         if self.last.exists() and not resume:
             raise InputError(f"{self.path} already holds a run; resume it, or name another folder")
-        if not self.last.exists() and (self.best.exists() or self.log.exists()):
+        if not self.last.exists() and (self.best.exists() or self.epochs_logged()):
             if resume and self.epochs_logged() == 0:
                 return  # it was killed before its first checkpoint
             raise InputError(f"{self.path} holds results of a run, but no last.pth to resume; name another folder")

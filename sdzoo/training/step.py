@@ -94,8 +94,8 @@ class Trainer:
         if team.many:
             with lost_processes_named(team.shard):
                 cards = [team.device] if team.device.type == "cuda" else None
-                # Every forward starts from the first process's statistics: what that one saves is all there is to know.
-                self.task.prepare_distributed(device_ids=cards, broadcast_buffers=True)
+                # DDP starts every forward from the first process's statistics: what that one saves is all there is.
+                self.task.prepare_distributed(device_ids=cards)
 
     @property
     def kept(self) -> nn.Module:

@@ -500,7 +500,7 @@ def test_divergence_leaves_the_checkpoint_from_before(
     image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe
 ) -> None:
     output = tmp_path / "run"
-    with after_step(5, poison), pytest.raises(Diverged, match="the loss is nan at step 5") as caught:
+    with after_step(5, poison), pytest.raises(Diverged, match="the loss is nan at step 6") as caught:
         train(make_recipe(), image_folder, output, device="cpu")
     assert "\n" not in str(caught.value)
     state, rest = read_checkpoint(output / "last.pth")
@@ -534,7 +534,7 @@ def test_a_checkpoint_between_the_step_that_broke_the_weights_and_the_loss_that_
     image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe
 ) -> None:
     """The sixth step leaves NaN behind; a checkpoint is due after every step."""
-    with after_step(6, poison), pytest.raises(Diverged, match="the loss is nan at step 6"):
+    with after_step(6, poison), pytest.raises(Diverged, match="the loss is nan at step 7"):
         train(make_recipe(), image_folder, tmp_path / "run", device="cpu", comforts=Comforts(checkpoint_interval_s=0))
     state, rest = read_checkpoint(tmp_path / "run" / "last.pth")
     assert rest["global_step"] == 5
@@ -785,5 +785,5 @@ def test_the_optimizer_is_the_recipes(
 
 @pytest.mark.parametrize("name", ["features_only", "checkpoint_path", "exportable", "nonsense"])
 def test_model_kwargs_that_are_not_the_architectures_are_refused(name: str, make_recipe: MakeRecipe) -> None:
-    with pytest.raises(InputError, match=f"model_kwargs holds {name}; allowed: act_layer, "):
+    with pytest.raises(InputError, match=rf"model_kwargs\.{name}: unknown key"):
         create_model(make_recipe(model_kwargs={name: True}))

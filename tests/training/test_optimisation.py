@@ -153,7 +153,7 @@ def mixed(images: Tensor, labels: Tensor, recipe: Recipe, step: int) -> tuple[np
     ],
     ids=str,
 )
-@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("step", [0, 5])
 def test_mixing_and_its_loss(make_recipe: MakeRecipe, changes: dict[str, Any], step: int) -> None:
     images, labels = batch()
     trainer = constant_depth(make_recipe, **changes)

@@ -224,6 +224,17 @@ def test_forced_extension_follows_the_new_schedule(own_run: Path, image_folder: 
     assert [row["epoch"] for row in epochs(own_run)] == ["1", "2", "3", "4"]
 
 
+def test_a_finished_run_that_goes_on_has_no_result_until_it_is_finished_again(
+    own_run: Path, image_folder: Path, finished_run: Any
+) -> None:
+    recipe = dataclasses.replace(finished_run.recipe, epochs=3)
+    with after_step(2, interrupt()), pytest.raises(Interrupted):
+        train(recipe, image_folder, own_run, resume=True, device="cpu", force=True)
+    assert not (own_run / "result.json").exists()
+    train(recipe, image_folder, own_run, resume=True, device="cpu")
+    assert (own_run / "result.json").is_file()
+
+
 def test_forced_recipe_acts_on_the_optimizer(own_run: Path, image_folder: Path, finished_run: Any) -> None:
     other = dataclasses.replace(
         finished_run.recipe, epochs=3, lr=0.03, weight_decay=0.02, momentum=0.5, sched="constant"
@@ -369,7 +380,7 @@ ABSENT = object()
 @pytest.mark.parametrize(
     "key",
     [
-        *("amp_scaler", "data_sha256", "draw_probs", "environment", "epoch", "global_step", "lr_scheduler"),
+        *("amp_scaler", "corrupt", "data_sha256", "draw_probs", "environment", "epoch", "global_step", "lr_scheduler"),
         *("optimizer", "progress", "recipe", "rows", "state_dict_ema"),
     ],
 )

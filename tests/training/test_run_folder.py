@@ -24,6 +24,7 @@ from sdzoo.errors import InputError
 from sdzoo.training.checkpoint import load_model, read_checkpoint
 from sdzoo.training.engine import train
 from sdzoo.training.environment import differences
+from sdzoo.training.evaluate import Evaluation
 from sdzoo.training.recipe import Recipe, SdzooSettings
 from sdzoo.training.run_folder import RunFolder, StepLog
 
@@ -86,6 +87,25 @@ def test_the_test_split_is_measured_once_with_the_best_weights(
     assert result["test_top1_percent"] == pytest.approx(100 * correct / count, abs=1e-9)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test top-1")]
     assert said == [f"test top-1 {100 * correct / 9:.2f} % on 9 images, weights of epoch {result['best_epoch']}"]
+
+
+def test_the_test_split_is_not_measured_with_the_last_weights(
+    image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation is replaced by fixed figures, 70 and 60 %; the third evaluation is the test's."""
+    measured: list[torch.Tensor] = []
+
+    def measure(model: Any, *_: Any) -> Evaluation:
+        measured.append(model.get_parameter("fc.weight").detach().clone())
+        return Evaluation([70.0, 60.0, 42.0][len(measured) - 1], 100.0, 1.0, 9)
+
+    monkeypatch.setattr("sdzoo.training.engine.evaluate", measure)
+    recipe = make_recipe(batch_size=33, sdzoo=SdzooSettings(test_split="test"))
+    best = train(recipe, image_folder, tmp_path / "run", device="cpu")
+    assert torch.equal(measured[2], measured[0]) and not torch.equal(measured[2], measured[1])
+    assert torch.equal(measured[2], read_checkpoint(best)[0]["fc.weight"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["best_epoch"], result["val_top1_percent"], result["test_top1_percent"]) == (1, 70.0, 42.0)
 
 
 def picture(file: Path) -> torch.Tensor:
@@ -287,6 +307,24 @@ def fill(where: Path, leave: int) -> Path:
 def command(recipe: Recipe, folder: Path, data: Path, *more: str) -> list[str]:
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     return ["train", str(folder / "recipe.yaml"), "--data-dir", str(data), "--device", "cpu", *more]
+
+
+def test_divergence_names_step_and_checkpoint_and_exits_with_3(
+    image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def poison(optimizer: Any) -> None:
+        optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    output = tmp_path / "run"
+    arguments = command(make_recipe(batch_size=22), tmp_path, image_folder, "-o", str(output))
+    with after_step(2, poison):
+        assert main(arguments) == 3
+    assert capsys.readouterr().err == "sdzoo: the loss is nan at step 3; nothing was saved yet\n"
+    with after_step(4, poison):
+        assert main(arguments) == 3
+    last = output / "last.pth"
+    assert capsys.readouterr().err == f"sdzoo: the loss is nan at step 5; {last} is from before\n"
+    assert read_checkpoint(last)[1]["global_step"] == 3
 
 
 def test_a_disk_too_small_for_any_checkpoint_ends_in_one_line(

@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_momentum_as_they_were(
     before = snapshot(trainer)
     parts = [batch(8, seed=2), batch(8, seed=3)]
     parts[micro] = broken(parts[micro][0], value), parts[micro][1]
-    with pytest.raises(Diverged, match=r"^the loss is nan at step 1$"):
+    with pytest.raises(Diverged, match=r"^the loss is nan at step 2$"):
         trainer.step(1, iter(parts))
     after = trainer.state()
     parameters = {name for name, _ in trainer.model.named_parameters()}
@@ -288,7 +288,7 @@ def test_under_float16_many_skipped_steps_in_a_row_are_divergence(
     for number, bad in enumerate([True, True, False, True, True]):
         step(number, bad)
     before = snapshot(trainer)
-    with pytest.raises(Diverged, match=f"the {what} is (nan|not finite) at step 5, the 3th in a row that is skipped"):
+    with pytest.raises(Diverged, match=f"the {what} is (nan|not finite) at step 6, the 3th in a row that is skipped"):
         step(5, True)
     assert same(trainer.state()["state_dict"], before["state_dict"])
 
