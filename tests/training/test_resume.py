@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import math
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import sdzoo
 from sdzoo.errors import InputError
 from sdzoo.training.checkpoint import load_model, read_checkpoint, save_run
 from sdzoo.training.engine import Comforts, Interrupted, train
+from sdzoo.training.evaluate import Evaluation
 from sdzoo.training.recipe import Recipe, SdzooSettings
 
 MakeRecipe = Callable[..., Recipe]
@@ -102,6 +106,44 @@ def test_interrupted_and_resumed_run_with_workers(image_folder: Path, tmp_path: 
     with after_step(6, interrupt()), pytest.raises(Interrupted):
         train(recipe, image_folder, tmp_path / "cut", device="cpu")
     train(recipe, image_folder, tmp_path / "cut", resume=True, device="cpu")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def write_shards(folder: Path, pictures: Path) -> Path:
+    """Write the splits train and val of a folder of pictures as WebDataset shards of 22, and timm's note of them."""
+    folder.mkdir()
+    splits = {}
+    for split in ("train", "val"):
+        files = sorted((pictures / split).rglob("*.*"), key=lambda path: path.name)  # the classes take turns
+        names, lengths = [], []
+        for start in range(0, len(files), 22):
+            names.append(f"{split}-{start // 22:04d}.tar")
+            lengths.append(len(files[start : start + 22]))
+            with tarfile.open(folder / names[-1], "w") as tar:
+                for number, path in enumerate(files[start : start + 22], start=start):
+                    label = ("blue", "green", "red").index(path.parent.name)
+                    for kind, data in ((path.suffix[1:], path.read_bytes()), ("cls", str(label).encode())):
+                        member = tarfile.TarInfo(f"{number:04d}.{kind}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        splits[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    return folder
+
+
+def test_shards_go_on_at_the_start_of_an_epoch(image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    """What was done of an epoch is done again, to the bit, though a checkpoint was due after every step."""
+    pytest.importorskip("webdataset")
+    data = write_shards(tmp_path / "shards", image_folder)
+    recipe = make_recipe(dataset="wds/pictures", sdzoo=SdzooSettings(survival_warmup_epochs=1.7), model_ema=True)
+    train(recipe, data, tmp_path / "whole", device="cpu")
+    with after_step(2, interrupt()), pytest.raises(Interrupted, match="nothing was saved yet"):
+        train(recipe, data, tmp_path / "cut", device="cpu", comforts=EVERY_STEP)
+    assert not (tmp_path / "cut" / "last.pth").exists()
+    with after_step(6, interrupt()), pytest.raises(Interrupted, match=r"last\.pth goes on from the start of an epoch"):
+        train(recipe, data, tmp_path / "cut", resume=True, device="cpu", comforts=EVERY_STEP)
+    assert read_checkpoint(tmp_path / "cut" / "last.pth")[1]["progress"]["batch"] == 0
+    train(recipe, data, tmp_path / "cut", resume=True, device="cpu")
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -335,6 +377,18 @@ def test_forced_onto_data_with_other_steps_goes_on_at_an_epochs_start(
     assert [row["step"] for row in steps(own_run)] == [str(step) for step in range(1, 10)]
 
 
+def test_forced_onto_other_validation_data_no_figure_is_compared_with_the_old_ones(
+    own_run: Path, make_image_folder: Any, finished_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run had reached 100 %; 40 % of other pictures is the best of the new ones."""
+    folder = make_image_folder(seed=1)
+    monkeypatch.setattr("sdzoo.training.engine.evaluate", lambda *_: Evaluation(40.0, 100.0, 1.0, 12))
+    forced(dataclasses.replace(finished_run.recipe, epochs=3), folder, own_run)
+    result = json.loads((own_run / "result.json").read_text())
+    assert (result["best_epoch"], result["val_top1_percent"]) == (3, 40.0)
+    assert read_checkpoint(own_run / "best.safetensors")[1]["epoch"] == 3
+
+
 # Damaged checkpoints
 
 
@@ -376,7 +430,7 @@ def test_a_flipped_bit_or_a_missing_end_is_refused_or_changes_nothing(
 ABSENT = object()
 
 
-@pytest.mark.parametrize("value", [ABSENT, 5, "x"], ids=["absent", "5", "x"])
+@pytest.mark.parametrize("value", [ABSENT, 5, pytest.param("x", marks=pytest.mark.slow)], ids=["absent", "5", "x"])
 @pytest.mark.parametrize(
     "key",
     [

@@ -389,7 +389,7 @@ def test_a_row_that_does_not_fit_names_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("operation", ["os.fsync", "os.replace", "pathlib.Path.write_bytes", "tempfile.mkstemp"])
-@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("nth", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_whichever_write_fails_the_checkpoint_stays_and_the_run_can_go_on(
     operation: str,
     nth: int,
