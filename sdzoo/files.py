@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk is no fault of the input
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
         raise InputError(f"cannot write into {path.parent}: {error.strerror}") from None
     os.close(handle)
     temporary = Path(name)
