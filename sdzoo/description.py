@@ -40,6 +40,8 @@ def check_description(description: Mapping[str, Any]) -> None:
         "mode": lambda v: v in MODES,
         "labels": lambda v: v is None or (_list(v) and all(isinstance(n, str) for n in v) and len(v) in labels_fit),
         "model_kwargs": lambda v: isinstance(v, dict) and all(k in ARCHITECTURE and _plain(w) for k, w in v.items()),
+        "precision": lambda v: v in ("fp32", "fp16", "int8"),
+        "preprocess": lambda v: v in ("client", "in-graph"),
         "survival_probs": lambda v: _list(v) and all(type(p) in (int, float) and 0 < p <= 1 for p in v),
     }
     for name, rule in rules.items():

@@ -13,11 +13,20 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "scipy": "svhn",
     "webdataset": "webdataset",
+    "tritonclient": "triton",
+    "grpc": "triton",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
 }
 
 
 class MissingExtra(InputError, ImportError):
     """An optional dependency is not installed."""
+
+
+def missing(extra: str) -> list[str]:
+    """Return the modules that ``extra`` would bring and that are not installed."""
+    return [name for name, brings in EXTRAS.items() if brings == extra and importlib.util.find_spec(name) is None]
 
 
 def require(*modules: str) -> None:
@@ -26,6 +35,6 @@ def require(*modules: str) -> None:
     Raises:
         MissingExtra: an ImportError naming the extra of sdzoo to install.
     """
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
-        raise MissingExtra(f'{", ".join(missing)} not installed; install with: pip install "sdzoo[{extras}]"')
+    if absent := [name for name in modules if importlib.util.find_spec(name) is None]:
+        extras = ",".join(sorted({EXTRAS[name] for name in absent}))
+        raise MissingExtra(f'{", ".join(absent)} not installed; install with: pip install "sdzoo[{extras}]"')

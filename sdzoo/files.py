@@ -1,9 +1,10 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,59 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; flush it to disk and rename it to ``path`` if the block succeeds.
+
+    On any failure the temporary folder is removed and a folder already at ``path`` is as it was.
+
+    Args:
+        path: The folder to make. One that is there is replaced if it is empty or holds ``marker``.
+        marker: Name of the file by which a folder is known to be of the same kind.
+
+    Raises:
+        InputError: if ``path`` is something else, or the folder that it shall lie in is missing or not writable.
+        OSError: naming ``path``, if writing fails, as on a full disk.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; name a folder")
+    if path.is_dir() and not (path / marker).is_file() and any(path.iterdir()):
+        raise InputError(f"{path} holds other things (no {marker}); name another folder")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} is not a folder; create it first")
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"cannot write into {parent}: {error.strerror}") from None
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        new = temporary / path.name
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        if path.is_dir():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.is_dir():
+                old.rename(path)
+            raise
+        _flush_folder(parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush_folder(folder: Path) -> None:

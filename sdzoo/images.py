@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sdzoo.errors import InputError
 
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 MIN_SIDE = 8
+MAX_PIXELS = 64_000_000  # a decoded picture takes three bytes for each
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 COLOUR_MODES = {"L": "grey (L)", "RGB": "RGB", "RGBA": "transparent (RGBA)", "P": "of a palette (P)"}
 
@@ -29,11 +31,23 @@ def open_image(path: str | Path, in_chans: int = 3, convert: bool = False) -> Im
         convert: Convert a picture of another colour mode instead of refusing it; transparency is dropped.
 
     Raises:
-        InputError: if the file is missing, no image, truncated, of another colour mode, or under 8 pixels on a side.
+        InputError: if the file is missing, no image, truncated, of another colour mode, under 8 pixels on a side, or of
+            more than 64 million pixels, which is seen before they are decoded.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the lower one
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                megapixels = image.width * image.height / 1e6
+                raise InputError(
+                    f"{path} is {image.width}x{image.height} pixels, {megapixels:.0f} million; at most "
+                    f"{MAX_PIXELS / 1e6:.0f} million"
+                )
             image.load()
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except IsADirectoryError:

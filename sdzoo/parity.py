@@ -3,6 +3,9 @@
 A batch passes if ``max|a - b| <= tol * max(1, max|a|)``, a being the reference; any non-finite value fails. Top-1 must
 agree for every image whose two best reference logits are further apart than twice the allowed difference; the others
 are counted. (An absolute limit would say nothing: logits of deep networks range over orders of magnitude.)
+
+Half precision has a wider limit and, since that no longer settles top-1, a share of images on which it must agree.
+Integers are another function altogether: there, what counts is the accuracy that they lose.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from sdzoo.errors import ParityError
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+Compute = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,35 @@ class Parity:
         return text
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """A loss of accuracy that is allowed: top-1 on labelled images before and after, in percent, and in points."""
+
+    images: int
+    top1_percent_before: float
+    top1_percent_after: float
+    max_drop_points: float
+    top1_equal: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1_percent_before:.2f} % before, {self.top1_percent_after:.2f} % after "
+            f"({self.top1_percent_after - self.top1_percent_before:+.2f} points, at most -{self.max_drop_points:g} "
+            f"allowed) on {self.images} images"
+        )
+
+
 def compare(
-    reference: Callable[[Tensor], Tensor],
-    candidate: Callable[[Tensor], Tensor],
+    reference: Compute,
+    candidate: Compute,
     batches: Iterable[Tensor],
     tol: float | None = None,
+    top1_percent: float = 0.0,
+    name: Callable[[int], str] | None = None,
 ) -> Parity:
     """Return how close ``candidate`` is to ``reference`` on ``batches`` of inputs ``(B, ...)``.
 
@@ -63,12 +91,16 @@ def compare(
         candidate: What shall replace it.
         batches: At least one.
         tol: Default: 1e-4 for float32, 1e-10 for float64 outputs of the reference.
+        top1_percent: On how many images, of all, top-1 must be equal in any case.
+        name: What errors call the image that comes n-th over all batches.
 
     Raises:
-        ParityError: with the image, the output and the figures, as soon as a batch fails.
+        ParityError: with the image, the output and the figures, as soon as a batch fails; or with the share of images
+            whose top-1 is equal, after the last one.
     """
     sizes: list[int] = []
     worst, equal, below = (0.0, 0.0, 0.0), 0, 0
+    first_other = None
     for batch in batches:
         with torch.inference_mode():
             a, b = reference(batch).detach().cpu(), candidate(batch).detach().cpu()
@@ -76,15 +108,16 @@ def compare(
         where = f"batch of {len(batch)}"
         if a.shape != b.shape:
             raise ParityError(f"{where}: the output is {tuple(b.shape)}, the reference's {tuple(a.shape)}")
-        for name, values in (("reference", a), ("candidate", b)):
+        for side, values in (("reference", a), ("candidate", b)):
             if not torch.isfinite(values).all():
-                raise ParityError(f"{where}: the {name}'s output is not finite")
+                raise ParityError(f"{where}: the {side}'s output is not finite")
         diff, size = (a.double() - b.double()).abs(), a.abs().max().item()
         allowed = tol * max(1.0, size)
         if diff.max().item() > allowed:
             place = [int(i) for i in torch.unravel_index(diff.argmax(), diff.shape)]
+            called = f" ({name(sum(sizes) + place[0])})" if name else ""
             raise ParityError(
-                f"{where}: image {place[0]}, output {place[1:]} is {b[tuple(place)]:.6g}, the reference's "
+                f"{where}: image {place[0]}{called}, output {place[1:]} is {b[tuple(place)]:.6g}, the reference's "
                 f"{a[tuple(place)]:.6g}: differs by {diff.max():.2g}, allowed {allowed:.2g}"
             )
         if a.ndim == 2 and a.shape[1] > 1:
@@ -93,9 +126,44 @@ def compare(
             clear, same = best[:, 0] - best[:, 1] > 2 * allowed, a.argmax(1) == b.argmax(1)
             equal += int(same.sum())
             below += int((~clear).sum())
+            if first_other is None and not same.all():
+                first_other = sum(sizes) + int((~same).nonzero()[0])
         sizes.append(len(batch))
         if not worst[1] or diff.max().item() / allowed > worst[0] / worst[1]:
             worst = (diff.max().item(), allowed, size)
     if tol is None or not sizes:
         raise ParityError("nothing was compared: no batches")
+    if 100 * equal < top1_percent * sum(sizes):
+        first = f", the first at {name(first_other)}" if name and first_other is not None else ""
+        raise ParityError(
+            f"top-1 is equal on {equal} of {sum(sizes)} images, {100 * equal / sum(sizes):.2f} %; "
+            f"at least {top1_percent:g} % must be{first}"
+        )
     return Parity(tol, tuple(sizes), *worst, equal, below)
+
+
+def compare_accuracy(
+    reference: Compute, candidate: Compute, batches: Iterable[tuple[Tensor, Tensor]], max_drop_points: float
+) -> Accuracy:
+    """Return the top-1 of ``reference`` and of ``candidate`` on ``batches`` of inputs ``(B, ...)`` and labels ``(B,)``.
+
+    Raises:
+        ParityError: if ``candidate`` loses more than ``max_drop_points``, or computes anything that is not finite.
+    """
+    images = before = after = equal = 0
+    for batch, labels in batches:
+        with torch.inference_mode():
+            a, b = reference(batch).detach().cpu(), candidate(batch).detach().cpu()
+        if not torch.isfinite(a).all() or not torch.isfinite(b).all():
+            raise ParityError(f"batch of {len(batch)}: an output is not finite")
+        best_a, best_b = a.argmax(1), b.argmax(1)
+        images += len(labels)
+        before += int((best_a == labels).sum())
+        after += int((best_b == labels).sum())
+        equal += int((best_a == best_b).sum())
+    if not images:
+        raise ParityError("nothing was compared: no images")
+    accuracy = Accuracy(images, 100 * before / images, 100 * after / images, max_drop_points, equal)
+    if 100 * (before - after) > max_drop_points * images:
+        raise ParityError(str(accuracy))
+    return accuracy

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"errors", "files", "schedule", "extras"},
     {"digest", "gate", "parity", "calibration", "macs"},
     {"branch_ends", "fold", "residual", "blocks", "timm_blocks", "stochastic_depth", "survival"},
-    {"weights", "images", "assets", "registry", "description", "builder"},
+    {"weights", "images", "image_folder", "assets", "registry", "description", "builder"},
     {"cifar_resnet", "sd_resnet_cifar", "sd_resnetv2_cifar", "sd_resnet"},
     {"training", "deploy"},
     {"zoo", "plots", "demo"},

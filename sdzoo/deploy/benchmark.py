@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from sdzoo.deploy.onnx_export import export_onnx
-from sdzoo.deploy.runtime import Predictor, check_threads, load_predictor, model_predictor
+from sdzoo.deploy.predictor import Predictor, model_predictor
+from sdzoo.deploy.runtime import load_predictor
+from sdzoo.deploy.session import check_threads
 from sdzoo.errors import InputError
 from sdzoo.fold import fold
 

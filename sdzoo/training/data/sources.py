@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.utils.misc import natural_key
 from torch import Tensor
 
 from sdzoo.errors import InputError, nearest
+from sdzoo.image_folder import read_image_folder
 from sdzoo.images import MODE_OF_CHANNELS, check_image, open_image
 from sdzoo.training.data.order import held_out
 from sdzoo.training.data.torch_sets import READERS
@@ -177,22 +176,9 @@ def _split_folder(data_dir: Path, split: str) -> Path:
 
 
 def _folder(folder: Path, in_chans: int) -> FolderSource:
-    try:
-        reader = ReaderImageFolder(str(folder))
-    except RuntimeError:
-        raise InputError(f"{folder} holds no images; expected {folder}/<class>/<image>") from None
-    except ValueError as error:  # digits of other scripts, in timm's sorting
-        raise InputError(f"{folder} holds a name that cannot be sorted: {error}") from None
-    if "" in reader.class_to_idx:
-        raise InputError(f"{folder} holds images outside of any class; expected {folder}/<class>/<image>")
-    # "1" and "01", or "a" and "A", are equal to timm: their order would be that of the hash seed, or the file system.
-    classes = sorted(reader.class_to_idx, key=lambda name: (natural_key(name), name))
-    label_of = {reader.class_to_idx[name]: label for label, name in enumerate(classes)}
-    start = len(os.path.join(folder, ""))
-    samples = [(path[start:], label_of[label]) for path, label in reader.samples]
-    samples.sort(key=lambda sample: (natural_key(sample[0]), sample[0]))
-    files = np.array([os.fsencode(path) for path, _ in samples])
-    return FolderSource(folder, files, torch.tensor([label for _, label in samples]), tuple(classes), in_chans)
+    found = read_image_folder(folder)
+    files = np.array([os.fsencode(file) for file in found.files])
+    return FolderSource(folder, files, torch.tensor(found.labels), found.classes, in_chans)
 
 
 def _imagenet(data_dir: Path, split: str, in_chans: int) -> FolderSource:

@@ -1,0 +1,176 @@
+"""The card of an exported folder: how to feed the model, what proved it, and the sha256 of everything beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdzoo.description import check_description
+from sdzoo.digest import file_sha256
+from sdzoo.errors import InputError
+from sdzoo.files import atomic_path
+
+NAME, README = "card.json", "README.md"
+NOT_RUN = "not run"
+TEXT = """# {name}, {precision}, for {target}
+
+Made by sdzoo {version}. `{file}` takes {takes}
+and gives {gives}.
+{normalises}
+Compared with the model that was trained: {compared}.
+
+    {serve}
+
+`card.json` says all this for programs, with the sha256 of each file; `labels.json` holds the names of the classes.
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What ``card.json`` holds.
+
+    Attributes:
+        model: Name of the architecture, with ``tag`` that of the bundled weights if it has those.
+        target: ``onnx``, ``tensorrt`` or ``triton``.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        file: What computes, relative to the folder.
+        files: The sha256 of each file, relative to the folder.
+        input: Name, dtype, layout, shape and largest batch.
+        output: Name, dtype and shape.
+        preprocessing: Input size, mean, std, interpolation, crop, and where it is done.
+        survival_probs: p of every block, which are folded into the weights.
+        weights_sha256: Of the state dict that was exported.
+        parity: The figures of the comparison, or ``not run``.
+        provider: What computed them.
+        versions: Of what took part.
+        serve: The command that serves the folder.
+        engine: What a TensorRT engine is tied to.
+    """
+
+    model: str
+    tag: str | None
+    target: str
+    precision: str
+    file: str
+    input: dict[str, Any]
+    output: dict[str, Any]
+    preprocessing: dict[str, Any]
+    survival_probs: list[float]
+    weights_sha256: str
+    parity: dict[str, Any] | str
+    provider: str
+    versions: dict[str, str]
+    serve: str
+    files: dict[str, str] = field(default_factory=dict)
+    engine: dict[str, Any] | None = None
+    format: str = "sdzoo-1"
+
+    @property
+    def compared(self) -> str:
+        """Return the result of the comparison in a sentence."""
+        if isinstance(self.parity, str):
+            return self.parity
+        p = self.parity
+        if "top1_percent_after" in p:
+            said = (
+                f"top-1 {p['top1_percent_before']:.2f} % before, {p['top1_percent_after']:.2f} % after on "
+                f"{p['images']} images"
+            )
+        else:
+            said = f"max |difference| {p['max_abs_diff']:.2g} of {p['allowed']:.2g} allowed on {p['images']} images"
+        return f"{said} ({p['inputs']}), {self.provider}"
+
+    @property
+    def rebuild(self) -> str:
+        """Return the command that makes such a folder anew, from what only its user knows."""
+        options = [f"--to {self.target}", f"--precision {self.precision}"]
+        options += ["--preprocess in-graph"] * (self.preprocessing["where"] == "in-graph")
+        options += ["--images DIR"] * (self.precision != "fp32") + ["--calibration DIR"] * (self.precision == "int8")
+        name = f"{self.model}.{self.tag}" if self.tag else "CHECKPOINT"
+        return f"sdzoo export {name} {' '.join(options)} -o DIR"
+
+    @property
+    def verified(self) -> bool:
+        """Return whether what is in the folder was compared with the model that was trained."""
+        return self.parity != NOT_RUN
+
+    def write(self, folder: Path) -> None:
+        """Write the card into ``folder``: for programs as ``card.json``, for people as ``README.md``."""
+        entries = {name: value for name, value in asdict(self).items() if name != "engine" or value is not None}
+        for name, text in ((README, self._readme()), (NAME, json.dumps(entries, indent=1) + "\n")):
+            with atomic_path(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+    def _readme(self) -> str:
+        normalises = "The graph normalises; resizing and cropping stay with the client."
+        if self.preprocessing["where"] == "client":
+            mean, std = (", ".join(f"{value:.4g}" for value in self.preprocessing[name]) for name in ("mean", "std"))
+            normalises = (
+                f"The client resizes, crops and normalises: (pixel / 255 - mean) / std, mean {mean}, std {std}."
+            )
+        takes, gives = (f"`{e['name']}`, {e['dtype']} ({_shape(e)})" for e in (self.input, self.output))
+        return TEXT.format(
+            name=f"{self.model}.{self.tag}" if self.tag else self.model,
+            precision=self.precision,
+            target=self.target,
+            version=self.versions["sdzoo"],
+            file=self.file,
+            takes=takes,
+            gives=gives,
+            normalises=normalises,
+            compared=self.compared,
+            serve=self.serve,
+        )
+
+
+def read_card(folder: str | Path) -> Card:
+    """Return the card of an exported folder, whose files are what it says.
+
+    Raises:
+        InputError: if there is none, it is not sdzoo's, or a file is missing, damaged, or outside the folder.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        card = Card(**entries)
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no exported folder: it has no {NAME}") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged or of another version of sdzoo: {error}") from None
+    _check(card, path)
+    for name, digest in card.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise InputError(f"{folder} is not whole: {name} is missing")
+        if file_sha256(file) != digest:
+            raise InputError(f"{file} is damaged: its sha256 is not the one in {NAME}")
+    return card
+
+
+def _check(card: Card, path: Path) -> None:
+    texts = (card.model, card.target, card.precision, card.file, card.provider, card.serve, card.weights_sha256)
+    mappings = (card.files, card.input, card.output, card.preprocessing, card.versions)
+    if not all(isinstance(t, str) for t in texts) or not all(isinstance(m, dict) for m in mappings):
+        raise InputError(f"{path} is damaged: an entry is of another type")
+    if card.file not in card.files:
+        raise InputError(f"{path} names {card.file} but not its sha256")
+    for name in card.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
+            raise InputError(f"{path} names {name}, which is outside the folder")
+    try:
+        check_description(card.preprocessing | {"arch": card.model, "survival_probs": card.survival_probs})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file in ``folder`` but the card, which is written after it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (NAME, README))
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+
+
+def _shape(entry: dict[str, Any]) -> str:
+    return ", ".join(map(str, entry["shape"]))

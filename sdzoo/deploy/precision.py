@@ -1,0 +1,57 @@
+"""What each precision promises of a file, and on which images that is judged."""
+
+from __future__ import annotations
+
+from sdzoo.deploy.verification import Images
+from sdzoo.errors import InputError, nearest
+from sdzoo.parity import Accuracy, Compute, Parity, compare, compare_accuracy
+
+PRECISIONS = ("fp32", "fp16", "int8")  # from the strictest rule to the loosest
+HALF_TOLERANCE, HALF_TOP1_PERCENT, HALF_LEAST_IMAGES = 1e-2, 99.5, 1000
+MAX_DROP_POINTS = 0.5
+
+
+def check_precision(precision: str) -> None:
+    """Raise InputError unless ``precision`` is one of ``PRECISIONS``."""
+    if precision not in PRECISIONS:
+        raise InputError(
+            f'precision "{precision}" is unknown; known: {", ".join(PRECISIONS)}{nearest(precision, PRECISIONS)}'
+        )
+
+
+def check_images(precision: str, images: Images) -> None:
+    """Check that ``images`` can judge ``precision``: fp16 on at least 1000 real ones, int8 on labelled ones.
+
+    Raises:
+        InputError: saying what is missing.
+    """
+    if precision == "fp16" and (len(images) < HALF_LEAST_IMAGES or images.made):
+        raise InputError(
+            f"fp16 is compared on at least {HALF_LEAST_IMAGES} real images (--images DIR); given are {images.origin}"
+        )
+    if precision == "int8" and images.labels is None:
+        raise InputError(
+            f"int8 is judged by top-1, on images in class folders (--images DIR); given are {images.origin}"
+        )
+
+
+def judge(
+    reference: Compute, candidate: Compute, images: Images, precision: str, max_drop: float = MAX_DROP_POINTS
+) -> Parity | Accuracy:
+    """Return what shows that ``candidate`` is ``reference`` in ``precision``, both called with uint8 ``(B, C, H, W)``.
+
+    fp32: the limit of :mod:`sdzoo.parity`. fp16: 1e-2 in place of 1e-4, and equal top-1 on 99.5 % of the images. int8:
+    a loss of top-1 of at most ``max_drop`` points.
+
+    Raises:
+        InputError: as :func:`check_images`.
+        ParityError: with the image, the output and the figures.
+    """
+    check_images(precision, images)
+    if precision == "int8":
+        return compare_accuracy(reference, candidate, images.labelled_batches(), max_drop)
+    if precision == "fp16":
+        return compare(
+            reference, candidate, images.batches(), HALF_TOLERANCE, top1_percent=HALF_TOP1_PERCENT, name=images.name
+        )
+    return compare(reference, candidate, images.batches(), name=images.name)
