@@ -16,7 +16,7 @@ import yaml
 from interleaved import hardware
 
 from sdzoo import weights
-from sdzoo.deploy.runtime import model_predictor
+from sdzoo.deploy.predictor import model_predictor
 from sdzoo.digest import file_sha256, state_sha256
 from sdzoo.survival import survival_probs
 from sdzoo.training.checkpoint import load_model, read_checkpoint

@@ -24,7 +24,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import sdzoo
-from sdzoo.deploy.runtime import model_predictor
+from sdzoo.deploy.predictor import model_predictor
 from sdzoo.training.checkpoint import load_model
 from sdzoo.training.evaluate import DataSplit, evaluate_predictor
 from sdzoo.training.recipe import Recipe, SdzooSettings

@@ -23,7 +23,7 @@ from interleaved import hardware, ratio
 
 import sdzoo
 from sdzoo.calibration import calibrate_batchnorm
-from sdzoo.deploy.runtime import model_predictor
+from sdzoo.deploy.predictor import model_predictor
 from sdzoo.images import input_config
 
 TARGETS = ("PyTorch eager", "PyTorch folded", "ONNX Runtime")

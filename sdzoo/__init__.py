@@ -22,8 +22,10 @@ from sdzoo.survival import set_survival, survival_probs
 
 if TYPE_CHECKING:
     from sdzoo.deploy.benchmark import benchmark
+    from sdzoo.deploy.export import export
     from sdzoo.deploy.onnx_export import export_onnx
     from sdzoo.deploy.runtime import load_predictor
+    from sdzoo.deploy.verify import verify
     from sdzoo.training.engine import train
     from sdzoo.training.evaluate import evaluate
 
@@ -34,6 +36,7 @@ __all__ = [
     "compile_blocks",
     "constant_depth",
     "evaluate",
+    "export",
     "export_onnx",
     "fixed_gates",
     "fold",
@@ -47,6 +50,7 @@ __all__ = [
     "to_timm",
     "train",
     "uniform",
+    "verify",
     "warm_up",
 ]
 
@@ -54,9 +58,11 @@ __all__ = [
 _LAZY = {
     "benchmark": "sdzoo.deploy.benchmark",
     "evaluate": "sdzoo.training.evaluate",
+    "export": "sdzoo.deploy.export",
     "export_onnx": "sdzoo.deploy.onnx_export",
     "load_predictor": "sdzoo.deploy.runtime",
     "train": "sdzoo.training.engine",
+    "verify": "sdzoo.deploy.verify",
 }
 
 

@@ -108,3 +108,9 @@ def normalise(images: NDArray[np.uint8], config: dict[str, Any]) -> NDArray[np.f
     """Return ``(images / 255 - mean) / std`` for uint8 ``(B, C, H, W)``, in float32."""
     mean, std = (np.asarray(config[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
     return ((images.astype(np.float32) / np.float32(255) - mean) / std).astype(np.float32, copy=False)
+
+
+def denormalise(images: NDArray[np.float32], config: dict[str, Any]) -> NDArray[np.uint8]:
+    """Return the uint8 ``(B, C, H, W)`` of which ``images`` are :func:`normalise`'s result."""
+    mean, std = (np.asarray(config[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std"))
+    return ((images * std + mean) * 255).round().clip(0, 255).astype(np.uint8)

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdzoo.deploy.benchmark import Timing
-from sdzoo.deploy.runtime import Prediction
+from sdzoo.deploy.predictor import Prediction
 from sdzoo.extras import require
 from sdzoo.files import atomic_path
 from sdzoo.plots.style import INK, MUTED, RIGHT, RULE, WRONG

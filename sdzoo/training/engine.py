@@ -6,11 +6,10 @@ import dataclasses
 import hashlib
 import json
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,10 @@ from sdzoo.training.distributed import Processes, Shard, processes
 from sdzoo.training.environment import differences, environment
 from sdzoo.training.evaluate import evaluate
 from sdzoo.training.model import create_model
+from sdzoo.training.profiling import profiler_into, tensorboard_writer
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.run_folder import EPOCH_COLUMNS, RunFolder, StepLog
+from sdzoo.training.signals import stop_on_signal
 from sdzoo.training.step import Diverged, Step, Trainer
 from sdzoo.training.streams import stream_seed
 
@@ -182,7 +183,7 @@ class Run:
         """Train from where the run stands to its end and return the file of the best weights."""
         progress, leads = self.progress, self.team.leads
         with ExitStack() as stack:
-            stop = stack.enter_context(_stop_on_signal())
+            stop = stack.enter_context(stop_on_signal())
             self.step_log: StepLog | None = None
             self.board: Any = None
             if leads:
@@ -193,9 +194,9 @@ class Run:
                 self.step_log = StepLog(self.folder.steps, progress.step)
                 stack.callback(self.step_log.close)
                 if self.comforts.tensorboard:
-                    self.board = _board(self.folder.path, progress.step)
+                    self.board = tensorboard_writer(self.folder.path, progress.step)
                     stack.callback(self.board.close)
-            profiler = stack.enter_context(_profiler(self.folder.path)) if leads and self.comforts.profile else None
+            profiler = stack.enter_context(profiler_into(self.folder.path)) if leads and self.comforts.profile else None
             self.saved_at = time.monotonic()
             try:
                 while progress.epoch < self.trainer.epochs:
@@ -460,49 +461,3 @@ class _Timed:
 
 def _mean(total: float, count: int) -> float:
     return total / count if count else math.nan
-
-
-def _board(folder: Path, step: int) -> Any:
-    """Return TensorBoard's writer; what follows ``step`` in earlier files is hidden."""
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-
-@contextmanager
-def _profiler(folder: Path) -> Iterator[Any]:
-    """Profile ten steps, after ten others; write what took how long, and a trace for a browser."""
-
-    def write(profile: torch.profiler.profile) -> None:
-        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
-        (folder / "profile.txt").write_text(table, encoding="utf-8")
-        profile.export_chrome_trace(str(folder / "trace.json"))
-        tqdm.write(f"wrote {folder / 'profile.txt'} and {folder / 'trace.json'}")
-
-    schedule = torch.profiler.schedule(wait=8, warmup=2, active=10, repeat=1)
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
-        yield profile
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGINT or SIGTERM sets; a second one acts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    # The defaults, not what was there before: a shell starts what runs in the background with SIGINT ignored.
-    at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.getsignal(number) for number in at_once}
-
-    def ask(number: int, _: Any) -> None:
-        stop.set()
-        signal.signal(number, at_once[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,151 @@
+"""The commands that predict, export, prove and time."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdzoo.cli.parser import Commands, positive
+from sdzoo.cli.predictor import BUNDLED, model_options, open_operand, open_predictor
+from sdzoo.errors import InputError
+
+if TYPE_CHECKING:
+    from sdzoo.deploy.benchmark import Timing
+
+
+def add_commands(commands: Commands) -> None:
+    """Add ``predict``, ``export``, ``verify``, ``bench`` and ``demo``."""
+    added = commands.add(
+        "predict", _predict, "classify pictures", "sdzoo predict cat.jpg dog.jpg --model demo/model.onnx"
+    )
+    added.add_argument("image", nargs="+", help="image files")
+    added.add_argument(
+        "--model", default=BUNDLED, help=f"a model, a checkpoint, or an exported file or folder (default: {BUNDLED})"
+    )
+    added.add_argument("--top", type=positive, default=3, help="classes to show (default: 3)")
+    added.add_argument("--convert", action="store_true", help="convert grey or transparent pictures")
+    model_options(added, runs=True)
+
+    example = (
+        f"sdzoo export {BUNDLED} -o model.onnx\n"
+        f"  sdzoo export {BUNDLED} --precision int8 --images cifar10/val --calibration cifar10/train -o int8"
+    )
+    added = commands.add("export", _export, "write a model for a target, proved equal to it", example)
+    added.add_argument("model", help="name of a model, or a checkpoint")
+    added.add_argument("-o", "--output", required=True, type=Path, help="a folder, or for ONNX one .onnx file")
+    added.add_argument("--to", default="onnx", metavar="TARGET", help="onnx (default), tensorrt or triton")
+    added.add_argument("--backend", help="what computes at the target, where there is a choice")
+    added.add_argument("--precision", default="fp32", help="fp32 (default), fp16 or int8")
+    added.add_argument("--preprocess", default="client", help="who normalises: client (default) or in-graph")
+    added.add_argument("--images", metavar="DIR", help="real pictures to compare on (default: ten that ship)")
+    added.add_argument("--calibration", metavar="DIR", help="at least 256 other pictures, for int8")
+    _max_drop_option(added)
+    model_options(added, runs=False)
+
+    example = f"sdzoo verify {BUNDLED} model.onnx --images cifar10/val"
+    added = commands.add("verify", _verify, "compare any two of model, checkpoint, exported file or folder", example)
+    added.add_argument("a", help="the reference; folded:NAME is a folded model")
+    added.add_argument("b", help="what shall compute the same")
+    added.add_argument("--images", metavar="DIR", help="real pictures to compare on (default: ten that ship)")
+    _max_drop_option(added)
+    model_options(added, runs=False)
+
+    added = commands.add("bench", _bench, "time a model eager, folded and in ONNX Runtime", "sdzoo bench sd_resnet110")
+    added.add_argument("model", help="name of a model, or a checkpoint")
+    added.add_argument("--runs", type=positive, default=15, help="timed calls for each row (default: 15)")
+    added.add_argument("--threads", type=positive, help="default: PyTorch's number")
+    model_options(added, runs=False)
+
+    example = "sdzoo demo -o demo"
+    added = commands.add("demo", _demo, "classify ten real pictures in PyTorch and ONNX Runtime, side by side", example)
+    added.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder for model.onnx and report.png")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from sdzoo.images import open_image
+
+    predictor = open_predictor(arguments)
+    for image in arguments.image:  # all faults before any answer
+        open_image(image, predictor.config["input_size"][0], arguments.convert)
+    print(f"{predictor.name}, {predictor.provider}")
+    width = max(len(str(image)) for image in arguments.image) + 2
+    for image, best in zip(arguments.image, predictor.top(arguments.image, arguments.top), strict=True):
+        print(f"{image:<{width}}" + "   ".join(f"{p.label} {100 * p.probability:.2f} %" for p in best))
+
+
+def _max_drop_option(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--max-drop", type=float, default=0.5, metavar="POINTS", help="top-1 that int8 may lose (default: 0.5)"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from sdzoo.deploy.export import export
+    from sdzoo.deploy.onnx_export import export_onnx
+    from sdzoo.zoo import open_model
+
+    output: Path = arguments.output
+    names = ("precision", "preprocess", "images", "calibration", "max_drop")
+    settings = {name: getattr(arguments, name) for name in names}
+    one_file = output.suffix == ".onnx"
+    if one_file and (arguments.to != "onnx" or arguments.backend):
+        raise InputError(f"--to {arguments.to} makes a folder; {output} is the name of an ONNX file")
+    print(f"exporting {arguments.model} to {output}: {arguments.to}, {arguments.precision}", flush=True)
+    model = open_model(arguments.model, arguments.arch)
+    if one_file:
+        print(f"verified: {export_onnx(model, output, **settings, progress=show_progress)}")
+        print(f"next: sdzoo predict IMAGE --model {shlex.quote(str(output))}")
+        return
+    card = export(model, arguments.to, output, backend=arguments.backend, progress=show_progress, **settings)
+    show_progress("")
+    print(f"{output / card.file}, parity: {card.compared}\nnext: {card.serve}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from sdzoo.deploy.verify import verify
+
+    a, b = (open_operand(name, arguments.arch) for name in (arguments.a, arguments.b))
+    print(f"comparing {arguments.b} with {arguments.a} on {arguments.images or 'ten pictures that ship'}", flush=True)
+    print(f"passed: {verify(a, b, arguments.images, arguments.max_drop)}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from sdzoo.calibration import calibrate_batchnorm
+    from sdzoo.deploy.benchmark import benchmark
+    from sdzoo.deploy.verification import default_images, normalised
+    from sdzoo.images import input_config
+    from sdzoo.zoo import open_model, summarise
+
+    model = open_model(arguments.model, arguments.arch, need_weights=False)
+    if not Path(arguments.model).is_file() and not summarise(arguments.model).bundled:
+        print(f"no weights of {arguments.model} ship with sdzoo: timing it untrained")
+        config = input_config(model)
+        calibrate_batchnorm(model, [normalised(default_images(config).read(range(17)), config)])
+    _print_timings(benchmark(model, runs=arguments.runs, threads=arguments.threads, progress=show_progress))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from sdzoo.demo import demo
+
+    demo(arguments.output, print, _print_timings, show_progress)
+    print(f"\nwrote {arguments.output / 'model.onnx'} and {arguments.output / 'report.png'}")
+    print(f"next: sdzoo predict IMAGE --model {arguments.output / 'model.onnx'}")
+
+
+def _print_timings(timings: list[Timing]) -> None:
+    show_progress("")
+    print(f"{'target':<16}{'batch':>6}{'median ms':>11}{'quartiles ms':>18}{'images/s':>10}  provider, threads")
+    for t in timings:
+        quartiles = f"{t.lower_quartile_ms:.2f} - {t.upper_quartile_ms:.2f}"
+        print(
+            f"{t.target:<16}{t.batch_size:>6}{t.median_ms:>11.2f}{quartiles:>18}{t.images_per_s:>10.0f}"
+            f"  {t.provider}, {t.threads}"
+        )
+
+
+def show_progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
