@@ -12,7 +12,7 @@ import pytest
 
 # torch and sdzoo are imported where they are used: pytest wants to be first
 
-PACKAGES = ("sdzoo", "torch", "torchvision", "timm", "onnxruntime-gpu", "onnxruntime")
+PACKAGES = ("sdzoo", "torch", "torchvision", "timm", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
 
 
 class Results:

@@ -16,7 +16,8 @@ import pytest
 from nets import calibrated, random_images
 
 import sdzoo
-from sdzoo.deploy.runtime import Predictor, load_predictor, model_predictor
+from sdzoo.deploy.predictor import Predictor, model_predictor
+from sdzoo.deploy.runtime import load_predictor
 
 pytestmark = pytest.mark.gpu
 
