@@ -32,4 +32,4 @@ check: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv demo dist
+	rm -rf .venv .venv-* demo dist

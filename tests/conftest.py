@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from nets import Net, calibrated, random_images
 from torch import Tensor, nn
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that import onnxruntime before sdzoo does
 
 
 @pytest.fixture(scope="session")

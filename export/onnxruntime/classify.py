@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from pictures import open_picture, read_card, softmax, to_array
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
+import onnxruntime
 
 
 def classify(folder: Path, pictures: list[str]) -> None:

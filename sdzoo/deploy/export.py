@@ -7,13 +7,14 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from sdzoo.deploy.card import NAME, NOT_RUN, Card, digests
 from sdzoo.deploy.onnx_export import RUNTIME, OnnxFile, Settings, build_onnx, verification_images
 from sdzoo.deploy.precision import MAX_DROP_POINTS
-from sdzoo.deploy.tensorrt_builder import find_flavour, has_gpu
+from sdzoo.deploy.tensorrt_builder import find_flavour
 from sdzoo.deploy.verification import LARGEST_BATCH
 from sdzoo.deploy.verify import verify_engine
 from sdzoo.errors import InputError, nearest
@@ -81,11 +82,13 @@ def export(
             card = _write_engine(card, built, folder, Path(out), backend)
         card = replace(card, files=digests(folder))
         card.write(folder)
-        if target == "tensorrt" and has_gpu():
+        if card.engine is not None and not (reason := _why_not_here(card.engine)):
             progress("comparing the engine")
             card = verify_engine(model, folder, verification_images(settings, model), max_drop)
             card = replace(card, serve=_predict(out))
             card.write(folder)
+        elif card.engine is not None:
+            progress(f"the engine stays unverified: it {reason}")
     return card
 
 
@@ -105,7 +108,7 @@ def _backend(target: str, backend: str | None) -> str:
         raise InputError(f'{target} with "{backend}" is not possible; possible: {possible()}')
     require("onnx", "onnxruntime")
     if target == "triton":
-        require("tritonclient")
+        require("tritonclient", "grpc")
     if target == "tensorrt":
         return find_flavour(backend or "auto").name
     return backend or next(iter(BACKENDS[target]))
@@ -131,10 +134,11 @@ def _card(built: OnnxFile, target: str, settings: Settings, model: nn.Module, ou
         output={
             "name": "logits" if model.num_classes else "features",
             "dtype": "float32",
-            "shape": ["batch", model.num_classes or model.num_features],
+            "shape": built.output_shape,
         },
         preprocessing={"where": settings.preprocess}
-        | {name: said[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        | {name: list(said[name]) for name in ("input_size", "mean", "std")}
+        | {name: said[name] for name in ("interpolation", "crop_pct", "crop_mode")},
         survival_probs=said["survival_probs"],
         weights_sha256=said["weights_sha256"],
         parity=said["parity"],
@@ -142,6 +146,12 @@ def _card(built: OnnxFile, target: str, settings: Settings, model: nn.Module, ou
         versions=said["versions"],
         serve=_predict(out),
     )
+
+
+def _why_not_here(engine: dict[str, Any]) -> str | None:
+    from sdzoo.deploy.tensorrt_engine import why_not_here
+
+    return why_not_here(engine)
 
 
 def _predict(out: str | Path) -> str:
@@ -164,7 +174,9 @@ def _write_triton(card: Card, built: OnnxFile, folder: Path, out: Path, backend:
     return replace(
         card,
         file=f"{repository}/{card.model}/1/model.onnx",
-        serve=f"tritonserver --model-repository={shlex.quote(str(out / repository))}",
+        serve=f"python export/triton/serve.py {shlex.quote(str(out))}"
+        if backend == "python"
+        else f"tritonserver --model-repository={shlex.quote(str(out / repository))}",
     )
 
 

@@ -105,11 +105,12 @@ def equal(reference: NDArray[np.float32], answers: NDArray[np.float32]) -> None:
 # The configuration
 
 
+@pytest.mark.parametrize("tensorrt", [False, True], ids=["onnxruntime", "tensorrt"])
 def test_the_onnxruntime_configuration_is_good_to_the_last_step(
-    tmp_path: Path, folder: Path, card: dict[str, Any]
+    tmp_path: Path, folder: Path, card: dict[str, Any], tensorrt: bool
 ) -> None:
     """This Triton has no such backend: what it says last of a good configuration is that it cannot find it."""
-    write_repository(tmp_path / "model_repository", "net", folder / card["file"], card)
+    write_repository(tmp_path / "model_repository", "net", folder / card["file"], card, tensorrt=tensorrt)
     errors = errors_of(tmp_path, tmp_path / "log")
     assert errors
     assert all("unable to find backend library for backend 'onnxruntime'" in line for line in errors), errors
