@@ -1,88 +1,58 @@
-"""Inference of one network: ONNX Runtime and the folded model against eager PyTorch.
+"""Inference of one network: sdzoo's ONNX file against eager PyTorch, the folded model, and timm's own export.
 
     python benchmarks/inference.py
 
-Each target lives in a process of its own, so that none pays for the spinning threads or the heap of another; the
-processes take turns, and each calls once uncounted before it is timed.
+All in ONNX Runtime or PyTorch on the CPU, each in a process of its own, in turn; a ratio is of two calls of one round.
+timm's export is ``timm.utils.onnx`` with ``use_dynamo=False``: the model as it is, not folded.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import statistics
+import copy
 import tempfile
-import time
-from multiprocessing.connection import Connection
+import warnings
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
-from interleaved import hardware, ratio
+from targets import differ, print_ratios, versions
+from timm.utils.onnx import onnx_export
 
 import sdzoo
 from sdzoo.calibration import calibrate_batchnorm
-from sdzoo.deploy.predictor import model_predictor
+from sdzoo.deploy.verification import default_images, normalised
 from sdzoo.images import input_config
 
-TARGETS = ("PyTorch eager", "PyTorch folded", "ONNX Runtime")
-
-
-def serve(target: str, name: str, folder: Path, threads: int, connection: Connection) -> None:
-    """Answer each batch size with the seconds of one call, until told to stop by None."""
-    torch.set_num_threads(threads)
-    if target == "ONNX Runtime":
-        predictor = sdzoo.load_predictor(folder / "model.onnx", "cpu", threads=threads)
-    else:
-        model = timm.create_model(name, pretrained_cfg_overlay={"file": str(folder / "model.pth")}, pretrained=True)
-        predictor = model_predictor(sdzoo.fold(model.eval()) if target == "PyTorch folded" else model.eval())
-    connection.send(predictor.provider)
-    while (batch := connection.recv()) is not None:
-        images = np.random.default_rng(0).standard_normal((batch, *predictor.config["input_size"]), dtype=np.float32)
-        predictor(images)
-        started = time.perf_counter()
-        predictor(images)
-        connection.send(time.perf_counter() - started)
+PAIRS = (("eager", "onnx"), ("folded-channels-last", "onnx"), ("timm-onnx", "onnx"))
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd_resnet110")
+    parser.add_argument("--batch", type=int, nargs="+", default=(1, 32))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--samples", type=int, default=40)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     model = timm.create_model(arguments.model).eval()
-    calibrate_batchnorm(model, [torch.randn(32, *input_config(model)["input_size"])])
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torch.save(model.state_dict(), folder / "model.pth")
-        sdzoo.export_onnx(model, folder / "model.onnx")
-        connections: dict[str, Connection] = {}
-        for target in TARGETS:
-            connections[target], theirs = context.Pipe()
-            given = (target, arguments.model, folder, arguments.threads, theirs)
-            context.Process(target=serve, args=given, daemon=True).start()
-        providers = {target: connection.recv() for target, connection in connections.items()}
-        print(f"{arguments.model}; {hardware()}, {arguments.threads} threads; against eager PyTorch")
-        for batch in (1, 32):
-            seconds: dict[str, list[float]] = {target: [] for target in TARGETS}
-            for index in range(arguments.rounds + 1):
-                for target, connection in connections.items():
-                    connection.send(batch)
-                    took = connection.recv()
-                    if index:
-                        seconds[target].append(took)
-            for target in TARGETS:
-                median_ms = 1000 * statistics.median(seconds[target])
-                faster = ratio(seconds, TARGETS[0], target)
-                print(f"batch {batch:>2} {target:<15} {providers[target]:<21} {median_ms:8.2f} ms, faster by {faster}")
-        for connection in connections.values():
-            connection.send(None)
+    config = input_config(model)
+    pixels = default_images(config).read(range(17))
+    calibrate_batchnorm(model, [normalised(pixels, config)])
+    with tempfile.TemporaryDirectory() as folder:
+        files = {target: Path(folder, f"{target}.pt") for target in ("eager", "folded-channels-last")}
+        files |= {target: Path(folder, f"{target}.onnx") for target in ("timm-onnx", "onnx")}
+        torch.save(model, files["eager"])
+        torch.save(sdzoo.fold(model), files["folded-channels-last"])
+        sdzoo.export_onnx(model, files["onnx"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that exporter is deprecated
+            onnx_export(copy.deepcopy(model), str(files["timm-onnx"]), use_dynamo=False)
+        print(f"{arguments.model}, untrained, {arguments.threads} threads; {versions()}")
+        differ(files, config, pixels.numpy(), PAIRS)
+        print_ratios(files, config, PAIRS, arguments.batch, arguments.threads, arguments.samples)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ from sdzoo.gate import fixed_gates, gates
 def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every BatchNorm, in place, by the average over ``batches``, all gates open.
 
-    The weights and the training mode of every module stay as they are.
+    A batch weighs as many as its images. The weights and the training mode of every module stay as they are.
 
     Raises:
         InputError: without batches, or if the model has no gates.
     """
     batches, open_gates = _not_empty(batches), [1] * len(gates(model))
-    with _fresh_statistics(model), fixed_gates(model.train(), open_gates):
-        for batch in batches:
+    with _fresh_statistics(model) as norms, fixed_gates(model.train(), open_gates):
+        for batch in _weighing_by_images(norms, batches):
             model(batch)
 
 
@@ -37,8 +37,8 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every BatchNorm, in place, by the average over ``batches`` at full depth.
 
-    Every block is computed and weighted by p, as in evaluation; dropout is off. The weights and the training mode of
-    every module stay as they are.
+    A batch weighs as many as its images. Every block is computed and weighted by p, as in evaluation; dropout is off.
+    The weights and the training mode of every module stay as they are.
 
     Raises:
         InputError: without batches.
@@ -48,7 +48,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model.eval()
         for norm in norms:
             norm.train()
-        for batch in batches:
+        for batch in _weighing_by_images(norms, batches):
             model(batch)
 
 
@@ -59,7 +59,6 @@ def _fresh_statistics(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
     modes = {module: module.training for module in model.modules()}
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain average, not an exponential one
     try:
         yield norms
     finally:
@@ -67,6 +66,16 @@ def _fresh_statistics(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
             norm.momentum = momentum
         for module, training in modes.items():
             module.training = training
+
+
+def _weighing_by_images(norms: list[nn.BatchNorm2d], batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield ``batches``, each with the momentum at which the running statistics are the average over all images."""
+    images = 0
+    for batch in batches:
+        images += len(batch)
+        for norm in norms:
+            norm.momentum = len(batch) / images
+        yield batch
 
 
 def _not_empty(batches: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sdzoo.assets import pictures
-from sdzoo.deploy.benchmark import Timing, benchmark
+from sdzoo.deploy.benchmark import benchmark
+from sdzoo.deploy.benchmark_row import Row
 from sdzoo.deploy.onnx_export import export_onnx
 from sdzoo.deploy.predictor import Prediction, model_predictor
 from sdzoo.deploy.runtime import load_predictor
@@ -22,12 +24,13 @@ from sdzoo.plots import draw_report
 from sdzoo.zoo import open_model
 
 MODEL = "sd_resnet20.cifar10_jpeg"
+TITLES = {"eager": "PyTorch eager", "folded": "PyTorch folded", "onnx": "ONNX Runtime"}
 
 
 def demo(
     output: str | Path,
     say: Callable[[str], None] = print,
-    show_timings: Callable[[list[Timing]], None] = lambda _: None,
+    show_timings: Callable[[list[Row]], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Classify the ten bundled pictures in PyTorch and in ONNX Runtime and write ``model.onnx`` and ``report.png``.
@@ -68,7 +71,9 @@ def demo(
     right = sum(a[0].label == label for label, a in zip(files, ours, strict=True))
     say(f"{right} of {len(files)} right")
     say("")
-    timings = benchmark(model, onnx=folder / "model.onnx", progress=progress)
+    threads = (torch.get_num_threads(),)
+    rows = benchmark(model, tuple(TITLES), (1, 32), threads, onnx=folder / "model.onnx", progress=progress)
+    timings = [replace(row, target=TITLES[row.target]) for row in rows]
     show_timings(timings)
     draw_report(
         folder / "report.png",

@@ -17,6 +17,7 @@ EXTRAS = {
     "grpc": "triton",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
+    "openvino": "openvino",
 }
 
 

@@ -66,11 +66,14 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
         OSError: naming ``path``, if writing fails, as on a full disk.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise InputError(f"{path} cannot be replaced; name a folder in it")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder")
     if path.is_dir() and not (path / marker).is_file() and any(path.iterdir()):
         raise InputError(f"{path} holds other things (no {marker}); name another folder")
-    parent = path.absolute().parent
+    place = path.resolve()  # what a symbolic link leads to is replaced, not the link
+    parent = place.parent
     if not parent.is_dir():
         raise InputError(f"{parent} is not a folder; create it first")
     try:
@@ -88,13 +91,13 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
-        if path.is_dir():
-            path.rename(old)
         try:
-            new.rename(path)
-        except OSError:
-            if old.is_dir():
-                old.rename(path)
+            if place.is_dir():
+                place.rename(old)
+            new.rename(place)
+        except BaseException:  # also an interrupt between the two
+            if old.is_dir() and not place.exists():
+                old.rename(place)
             raise
         _flush_folder(parent)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,12 @@ from sdzoo.errors import InputError
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 MIN_SIDE = 8
 MAX_PIXELS = 64_000_000  # a decoded picture takes three bytes for each
+# What Pillow says to damaged files; of sizes that are no longer plausible it may warn, which a caller may have made an
+# error.
+UNDECODABLE = (
+    *(OSError, SyntaxError, ValueError, NotImplementedError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 COLOUR_MODES = {"L": "grey (L)", "RGB": "RGB", "RGBA": "transparent (RGBA)", "P": "of a palette (P)"}
 
@@ -35,36 +40,34 @@ def open_image(path: str | Path, in_chans: int = 3, convert: bool = False) -> Im
             more than 64 million pixels, which is seen before they are decoded.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the lower one
-            image = Image.open(path)
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                megapixels = image.width * image.height / 1e6
-                raise InputError(
-                    f"{path} is {image.width}x{image.height} pixels, {megapixels:.0f} million; at most "
-                    f"{MAX_PIXELS / 1e6:.0f} million"
-                )
-            image.load()
-    except InputError:
-        raise
+        image = Image.open(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; name an image file") from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that can be read") from None
-    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise InputError(f"{path} cannot be decoded: {error}") from None
-    return check_image(image, in_chans, convert, str(path))
+    with image:
+        return check_image(image, in_chans, convert, str(path))
 
 
 def check_image(image: Image.Image, in_chans: int = 3, convert: bool = False, name: str = "the image") -> Image.Image:
-    """Return ``image`` in the colour mode that ``in_chans`` asks for; ``name`` is what an error calls it.
+    """Return ``image``, decoded, in the colour mode that ``in_chans`` asks for; ``name`` is what an error calls it.
 
     Raises:
         InputError: as :func:`open_image`.
     """
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{name} is {image.width}x{image.height} pixels, {image.width * image.height / 1e6:.0f} million; at most "
+            f"{MAX_PIXELS / 1e6:.0f} million"
+        )
+    try:
+        image.load()
+    except UNDECODABLE as error:
+        raise InputError(f"{name} cannot be decoded: {error}") from None
     mode = MODE_OF_CHANNELS.get(in_chans)
     if mode is None:
         raise InputError(f"a model with {in_chans} input channels takes arrays, not pictures ({name})")
@@ -97,11 +100,21 @@ def input_config(model: nn.Module, **overrides: Any) -> dict[str, Any]:
 
 
 def resizer(config: dict[str, Any]) -> Callable[[Image.Image], NDArray[np.uint8]]:
-    """Return timm's evaluation resize and centre crop, from a picture to uint8 ``(C, H, W)``."""
+    """Return timm's evaluation resize and centre crop, from a picture to uint8 ``(C, H, W)``.
+
+    It raises InputError for a picture so narrow that, its shorter side resized, it has more than 64 million pixels.
+    """
     names = ("input_size", "interpolation", "crop_pct", "crop_mode")
     given = {name: config[name] for name in names if config.get(name) is not None}
     transform: Any = create_transform(**given, is_training=False, use_prefetcher=True)
-    return lambda image: np.asarray(transform(image))
+    shorter = max(config["input_size"][1:]) / (config.get("crop_pct") or 1)
+
+    def resize(image: Image.Image) -> NDArray[np.uint8]:
+        if shorter**2 * max(image.size) / min(image.size) > MAX_PIXELS:
+            raise InputError(f"a picture of {image.width}x{image.height} pixels is too long and narrow to be resized")
+        return np.asarray(transform(image))
+
+    return resize
 
 
 def normalise(images: NDArray[np.uint8], config: dict[str, Any]) -> NDArray[np.float32]:

@@ -26,9 +26,21 @@ Compute = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Parity:
-    """A comparison that passed. ``max_abs_diff``, ``allowed`` and ``max_abs_reference`` are of the worst batch."""
+    """A comparison that passed.
+
+    Attributes:
+        tol: The limit's factor.
+        images: How many were compared.
+        batch_sizes: Which sizes of batch there were, in the order in which each came first.
+        max_abs_diff: Of the batch that came closest to its limit, as are ``allowed`` and ``max_abs_reference``.
+        allowed: The limit.
+        max_abs_reference: The reference's largest value.
+        top1_equal: Images whose best class is the same.
+        top1_below_margin: Images whose two best classes are too close for the limit to tell them apart.
+    """
 
     tol: float
+    images: int
     batch_sizes: tuple[int, ...]
     max_abs_diff: float
     allowed: float
@@ -36,14 +48,9 @@ class Parity:
     top1_equal: int
     top1_below_margin: int
 
-    @property
-    def images(self) -> int:
-        """How many images were compared."""
-        return sum(self.batch_sizes)
-
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return dataclasses.asdict(self) | {"images": self.images}
+        return dataclasses.asdict(self) | {"batch_sizes": list(self.batch_sizes)}
 
     def __str__(self) -> str:
         text = f"max |difference| {self.max_abs_diff:.2g} of {self.allowed:.2g} allowed"
@@ -98,8 +105,8 @@ def compare(
         ParityError: with the image, the output and the figures, as soon as a batch fails; or with the share of images
             whose top-1 is equal, after the last one.
     """
-    sizes: list[int] = []
-    worst, equal, below = (0.0, 0.0, 0.0), 0, 0
+    sizes: dict[int, None] = {}
+    images, worst, equal, below = 0, (0.0, 0.0, 0.0), 0, 0
     first_other = None
     for batch in batches:
         with torch.inference_mode():
@@ -115,7 +122,7 @@ def compare(
         allowed = tol * max(1.0, size)
         if diff.max().item() > allowed:
             place = [int(i) for i in torch.unravel_index(diff.argmax(), diff.shape)]
-            called = f" ({name(sum(sizes) + place[0])})" if name else ""
+            called = f" ({name(images + place[0])})" if name else ""
             raise ParityError(
                 f"{where}: image {place[0]}{called}, output {place[1:]} is {b[tuple(place)]:.6g}, the reference's "
                 f"{a[tuple(place)]:.6g}: differs by {diff.max():.2g}, allowed {allowed:.2g}"
@@ -127,19 +134,20 @@ def compare(
             equal += int(same.sum())
             below += int((~clear).sum())
             if first_other is None and not same.all():
-                first_other = sum(sizes) + int((~same).nonzero()[0])
-        sizes.append(len(batch))
+                first_other = images + int((~same).nonzero()[0])
+        images += len(batch)
+        sizes[len(batch)] = None
         if not worst[1] or diff.max().item() / allowed > worst[0] / worst[1]:
             worst = (diff.max().item(), allowed, size)
-    if tol is None or not sizes:
+    if tol is None or not images:
         raise ParityError("nothing was compared: no batches")
-    if 100 * equal < top1_percent * sum(sizes):
+    if 100 * equal < top1_percent * images:
         first = f", the first at {name(first_other)}" if name and first_other is not None else ""
         raise ParityError(
-            f"top-1 is equal on {equal} of {sum(sizes)} images, {100 * equal / sum(sizes):.2f} %; "
+            f"top-1 is equal on {equal} of {images} images, {100 * equal / images:.2f} %; "
             f"at least {top1_percent:g} % must be{first}"
         )
-    return Parity(tol, tuple(sizes), *worst, equal, below)
+    return Parity(tol, images, tuple(sizes), *worst, equal, below)
 
 
 def compare_accuracy(
@@ -154,8 +162,11 @@ def compare_accuracy(
     for batch, labels in batches:
         with torch.inference_mode():
             a, b = reference(batch).detach().cpu(), candidate(batch).detach().cpu()
+        where = f"batch of {len(batch)}"
+        if a.shape != b.shape:
+            raise ParityError(f"{where}: the output is {tuple(b.shape)}, the reference's {tuple(a.shape)}")
         if not torch.isfinite(a).all() or not torch.isfinite(b).all():
-            raise ParityError(f"batch of {len(batch)}: an output is not finite")
+            raise ParityError(f"{where}: an output is not finite")
         best_a, best_b = a.argmax(1), b.argmax(1)
         images += len(labels)
         before += int((best_a == labels).sum())

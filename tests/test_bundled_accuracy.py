@@ -7,7 +7,8 @@ import pytest
 
 from sdzoo import weights
 from sdzoo.deploy.onnx_export import export_onnx
-from sdzoo.deploy.runtime import load_predictor, model_predictor
+from sdzoo.deploy.predictor import model_predictor
+from sdzoo.deploy.runtime import load_predictor
 from sdzoo.training.evaluate import DataSplit, evaluate_predictor
 from sdzoo.zoo import open_model
 

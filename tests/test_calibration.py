@@ -54,6 +54,21 @@ def test_statistics_are_the_averages_over_batches_of_what_each_norm_was_fed() ->
         assert norm.num_batches_tracked == len(BATCHES)
 
 
+@pytest.mark.parametrize("estimate", [calibrate_batchnorm, recalibrate_batchnorm])
+def test_a_batch_weighs_as_many_as_its_images(estimate: Callable[[nn.Module, list[Tensor]], None]) -> None:
+    """Of 260 images in batches of 250 and 10, the last ten have ten 260ths."""
+    model, images = untrained(), random_images(260)
+    images[250:] = images[250:] * 3 + 2
+    estimate(model, [images[:250], images[250:]])
+    norm = batchnorms(model)["bn1"]
+    with torch.no_grad():
+        fed = model.get_submodule("conv1")(images).transpose(0, 1).flatten(2).double()  # (C, N, pixels)
+    variances = torch.stack([fed[:, :250].flatten(1).var(1), fed[:, 250:].flatten(1).var(1)])
+    torch.testing.assert_close(norm.running_mean, fed.mean((1, 2)).float(), rtol=1e-4, atol=1e-5)
+    wanted = (250 * variances[0] + 10 * variances[1]) / 260
+    torch.testing.assert_close(norm.running_var, wanted.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_what_was_there_before_does_not_count() -> None:
     fresh, other = untrained(), untrained()
     randomise_batchnorm(other, seed=9)

@@ -209,10 +209,11 @@ def test_version(capsys: Capture) -> None:
         (["recipe"], "list | show | copy"),
         (["plot"], "RUN"),
         (["export", BUNDLED], "-o/--output"),
-        (["export", BUNDLED, "-o", "model.txt"], "model.txt does not end in .onnx"),
-        (["bench", BUNDLED, "--runs", "0"], "--runs: 0 is not a number of at least 1"),
-        (["bench", BUNDLED, "--threads", "-2"], "--threads: -2 is not a number of at least 1"),
-        (["bench", BUNDLED, "--runs", "many"], "--runs"),
+        (["verify", BUNDLED], "b"),
+        (["verify", BUNDLED, BUNDLED, "--max-drop", "little"], "--max-drop"),
+        (["bench", BUNDLED, "--samples", "0"], "--samples: 0 is not a number of at least 1"),
+        (["bench", BUNDLED, "--batch", "1,-2"], "--batch: -2 is not a number of at least 1"),
+        (["bench", BUNDLED, "--threads", "many"], "--threads"),
         (["predict", CAT, "--top", "0"], "--top"),
         (["predict", CAT, "--top", "-1"], "--top"),
         (["predict", CAT, "--topp", "1"], "--topp"),
@@ -435,7 +436,7 @@ def test_predict_never_takes_another_provider(capsys: Capture, exported: Path, p
 
 
 def test_predict_with_a_provider_for_a_model_that_has_none(capsys: Capture) -> None:
-    assert "--provider is for .onnx files" in refused(capsys, "predict", CAT, "--provider", "cuda")
+    assert "--provider is for exported files" in refused(capsys, "predict", CAT, "--provider", "cuda")
 
 
 @pytest.mark.parametrize("command", ["predict", "eval"])
@@ -446,14 +447,27 @@ def test_onnx_files_that_are_none(
     path, content = tmp_path / "x.onnx", exported.read_bytes()
     if kind == "of another model":
         proto = onnx.load(exported)
-        del proto.metadata_props[:]
+        (mean,) = (entry for entry in proto.metadata_props if entry.key == "mean")
+        proto.metadata_props.remove(mean)
         onnx.save(proto, path)
     elif kind != "missing":
         path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"hello"}[kind])
     argv = ["predict", CAT, "--model", path] if command == "predict" else ["eval", path, "--data-dir", data]
     message = refused(capsys, *argv)
     assert str(path) in message
-    assert ("was not exported by sdzoo" in message) == (kind == "of another model")
+    assert ("of another version of sdzoo: its metadata lack" in message) == (kind == "of another model")
+
+
+def test_an_onnx_file_that_is_not_sdzoos_takes_no_pictures(
+    capsys: Capture, exported: Path, tmp_path: Path, data: Path
+) -> None:
+    proto = onnx.load(exported)
+    proto.producer_name = "another"
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "x.onnx")
+    for argv in (["predict", CAT, "--model", tmp_path / "x.onnx"], ["eval", tmp_path / "x.onnx", "--data-dir", data]):
+        with pytest.warns(UserWarning, match="no metadata of sdzoo's"):
+            assert "does not say how pictures are resized and normalised" in refused(capsys, *argv)
 
 
 def test_an_onnx_file_whose_metadata_are_of_another_model(capsys: Capture, exported: Path, tmp_path: Path) -> None:
@@ -558,11 +572,50 @@ def test_checkpoint_that_does_not_say_its_model(capsys: Capture, tmp_path: Path)
 
 def test_export_says_what_it_verified_and_the_next_command(capsys: Capture, tmp_path: Path) -> None:
     out = done(capsys, "export", "sd_resnet20", "-o", tmp_path / "model.onnx")
-    assert re.search(r"^verified: max \|difference\| \S+ of \S+ allowed, top-1 equal on \d+ of 20 images", out, re.M)
+    assert re.search(r"^verified: max \|difference\| \S+ of \S+ allowed, top-1 equal on 84 of 84 images", out, re.M)
     following = re.search(r"^next: sdzoo (predict IMAGE --model .*)$", out, re.M)
     assert following
     done(capsys, *(CAT if word == "IMAGE" else word for word in shlex.split(following[1])))
     assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def test_export_into_a_folder_and_verify(capsys: Capture, tmp_path: Path, data: Path) -> None:
+    folder = tmp_path / "exported"
+    out = done(capsys, "export", "sd_resnet20", "--preprocess", "in-graph", "-o", folder)
+    assert re.search(r"model\.onnx, parity: max \|difference\| \S+ of \S+ allowed on 84 images", out)
+    assert sorted(os.listdir(folder)) == ["README.md", "card.json", "labels.json", "model.onnx"]
+    following = re.search(r"^next: sdzoo (predict IMAGE --model .*)$", out, re.M)
+    assert following
+    assert "cat 99." in done(capsys, *(CAT if word == "IMAGE" else word for word in shlex.split(following[1])))
+    for a, b in ((BUNDLED, folder), (f"folded:{BUNDLED}", folder / "model.onnx"), (folder, BUNDLED)):
+        assert "passed: max |difference|" in done(capsys, "verify", a, b)
+    (folder / "model.onnx").write_bytes(b"damaged")
+    assert "is damaged: its sha256" in refused(capsys, "predict", CAT, "--model", folder)
+
+
+def test_a_model_is_not_another_one(capsys: Capture, exported: Path) -> None:
+    other = onnx.load(exported)
+    (bias,) = (tensor for tensor in other.graph.initializer if tensor.name == "fc.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.5), bias.name))
+    path = save_sealed(other, exported.with_name("other.onnx"))
+    message = refused(capsys, "verify", exported, path, code=1)
+    path.unlink()
+    assert re.search(
+        r"image 0 \(airplane.jpg\), output \[\d\] is \S+, the reference's \S+: differs by 0.5, allowed", message
+    )
+
+
+def test_targets_and_precisions_that_are_not(capsys: Capture, tmp_path: Path) -> None:
+    for argv, says in (
+        (["--to", "tensorflow"], "possible: onnx with onnxruntime; tensorrt with"),
+        (["--precision", "fp8"], "known: fp32, fp16, int8"),
+        (["--precision", "fp16"], "fp16 is compared on at least 1000 real images"),
+        (["--precision", "int8"], "int8 needs at least 256 pictures to calibrate on"),
+        (["--backend", "python"], 'onnx with "python" is not possible'),
+    ):
+        assert says in refused(capsys, "export", BUNDLED, *argv, "-o", tmp_path / "x")
+    assert "makes a folder" in refused(capsys, "export", BUNDLED, "--to", "triton", "-o", tmp_path / "x.onnx")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -597,7 +650,10 @@ def test_export_that_fails_its_verification_exits_with_1(
 
     monkeypatch.setattr(onnx_graph, "onnx_graph", wrong)
     message = refused(capsys, "export", BUNDLED, "-o", tmp_path / "x.onnx", code=1)
-    assert re.search(r"not exported, real pictures: .* differs by \S+, allowed ", message)
+    assert re.search(
+        r"not exported, 10 real pictures, 8 ways each: batch of 1: image 0 \(airplane.jpg\).* differs by \S+, allowed ",
+        message,
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -623,27 +679,35 @@ def test_missing_extra(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Monk
 # bench, demo
 
 
-def test_bench_prints_one_table(capsys: Capture) -> None:
-    lines = done(capsys, "bench", BUNDLED, "--runs", 2, "--threads", 1).splitlines()
-    assert lines[0].split("  ")[-1] == "provider, threads"
-    rows = [re.split(r" {2,}", line) for line in lines[1:]]
-    assert [(row[0], row[1]) for row in rows] == [
-        (name, size) for size in ("1", "32") for name in ("PyTorch eager", "PyTorch folded", "ONNX Runtime")
+FEW = ("--samples", 2, "--threads", "1", "--batch", "1,3")
+
+
+def test_bench_prints_one_table_and_writes_it(capsys: Capture, tmp_path: Path) -> None:
+    argv = ["bench", BUNDLED, "--targets", "folded,onnx", *FEW, "-o", tmp_path / "now"]
+    lines = done(capsys, *argv).splitlines()
+    assert "median ms" in lines[2] and "peak MiB" in lines[2]
+    assert [line.split()[:3] for line in lines[3:7]] == [
+        ["folded", "1", "1"],
+        ["onnx", "1", "1"],
+        ["folded", "1", "3"],
+        ["onnx", "1", "3"],
     ]
-    for row in rows:
-        median, (lower, upper), images_per_s = float(row[2]), map(float, row[3].split(" - ")), float(row[4])
-        assert lower <= median <= upper
-        assert images_per_s == pytest.approx(int(row[1]) / median * 1000, rel=0.02, abs=1)
-        assert row[5] == ("CPUExecutionProvider, 1" if row[0] == "ONNX Runtime" else "PyTorch cpu, 1")
+    assert lines[4].endswith("CPUExecutionProvider")
+    assert sorted(os.listdir(tmp_path)) == ["now.csv", "now.png", "now.svg"]
+    out = done(capsys, "bench", "--compare", tmp_path / "now.csv", tmp_path / "now.csv")
+    assert len(re.findall("1.00", out)) >= 4
 
 
 def test_bench_of_a_model_without_weights_says_so(capsys: Capture) -> None:
-    out = done(capsys, "bench", "sd_resnet32", "--runs", 2, "--threads", 1)
-    assert out.startswith("no weights of sd_resnet32 ship with sdzoo: timing it untrained\n")
+    out = done(capsys, "bench", "sd_resnet32", "--targets", "onnx", *FEW)
+    assert "no weights of sd_resnet32 ship with sdzoo: timing it untrained" in out
 
 
-def test_bench_with_a_single_run(capsys: Capture) -> None:
-    assert "at least 2" in refused(capsys, "bench", BUNDLED, "--runs", 1)
+def test_bench_of_nothing_or_of_what_cannot_be(capsys: Capture) -> None:
+    assert "name a model to time" in refused(capsys, "bench")
+    assert "possible here: eager, folded" in refused(capsys, "bench", BUNDLED, "--targets", "coreml")
+    assert "at least 256 pictures" in refused(capsys, "bench", BUNDLED, "--targets", "onnx-int8")
+    assert "at least 2" in refused(capsys, "bench", BUNDLED, "--samples", 1)
 
 
 def test_demo_says_what_it_wrote_and_the_next_command(
@@ -837,6 +901,15 @@ def test_batchnorm_is_estimated_again_and_the_effect_is_said(capsys: Capture, tr
     again = sdzoo_command(capsys, "eval", trained.best, "--data-dir", data, "--recalibrate-bn", 13)
     assert again.code == 2
     assert again.err == f"sdzoo: --recalibrate-bn 13: {data}/train has 12 images\n"
+    assert "re-estimated" not in again.out and "top-1" not in again.out, "refused before anything is measured"
+
+
+def test_eval_of_a_model_without_labels_on_another_number_of_classes(
+    capsys: Capture, data: Path, tmp_path: Path
+) -> None:
+    torch.save({"arch": "sd_resnet18", "state_dict": timm.create_model("sd_resnet18").state_dict()}, tmp_path / "x.pth")
+    said = refused(capsys, "eval", tmp_path / "x.pth", "--data-dir", data)
+    assert "the data has 3 classes, the model 1000" in said
 
 
 def test_corrupt_pictures_are_left_out_when_asked_for(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +223,40 @@ def test_more_than_8_bits_are_refused_also_with_conversion(mode: str, convert: b
     """Pillow would clip them to white."""
     with pytest.raises(InputError, match="more than 8 bits"):
         check_image(Image.new(mode, (32, 32)), 3, convert)
+
+
+def png_that_promises(path: Path, width: int, height: int) -> Path:
+    """Write the header of a picture, without its pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b"")]
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (8001, 8000), (64_000_001, 1)])
+def test_too_many_pixels_are_seen_before_they_are_decoded(tmp_path: Path, width: int, height: int) -> None:
+    """Decoding this one would end with another message: it has no pixels."""
+    path = png_that_promises(tmp_path / "a.png", width, height)
+    megapixels = f"{width * height / 1e6:.0f} million; at most 64 million"
+    assert refused(path, convert=True) == f"{path} is {width}x{height} pixels, {megapixels}"
+    with Image.open(path) as image, pytest.raises(InputError, match=r"^upload is .* at most 64 million$"):
+        check_image(image, name="upload")
+
+
+def test_most_pixels_are_taken_to_be_decoded(tmp_path: Path) -> None:
+    assert "cannot be decoded" in refused(png_that_promises(tmp_path / "a.png", 8000, 8000))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_sizes_that_pillow_itself_warns_of_or_refuses(tmp_path: Path, side: int) -> None:
+    """Here its warnings are errors."""
+    refused(png_that_promises(tmp_path / "a.png", side, side))
+
+
+def test_a_pil_image_that_cannot_be_decoded(tmp_path: Path) -> None:
+    content = save(tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "b.png") as image, pytest.raises(InputError, match=r"^the image cannot be decoded: "):
+        check_image(image)

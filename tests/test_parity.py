@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from sdzoo.errors import ParityError
-from sdzoo.parity import Parity, compare
+from sdzoo.parity import Accuracy, Parity, compare, compare_accuracy
 
 TOL = 2.0**-10  # powers of two, so that the limits below are exact
 
@@ -198,13 +198,13 @@ def test_as_dict_is_plain_json() -> None:
     parity = compare(lambda x: x, lambda x: x.clone(), [torch.eye(3), torch.eye(3)[:2]])
     assert json.loads(json.dumps(parity.as_dict())) == {
         "tol": 1e-4,
+        "images": 5,
         "batch_sizes": [3, 2],
         "max_abs_diff": 0.0,
         "allowed": 1e-4,
         "max_abs_reference": 1.0,
         "top1_equal": 5,
         "top1_below_margin": 0,
-        "images": 5,
     }
 
 
@@ -224,3 +224,80 @@ def test_the_rule_on_any_arrays(data: st.DataObject, scale: float) -> None:
         if shape[1] > 1:
             best = np.sort(a, axis=1)
             assert parity.top1_below_margin == (best[:, -1] - best[:, -2] <= 2 * allowed).sum()
+
+
+# What precisions below float32 are held to
+
+
+def test_sizes_of_batch_are_each_named_once_in_order() -> None:
+    batches = [torch.eye(10)[:size] for size in (1, 2, 7, 7, 2, 3)]
+    parity = compare(lambda x: x, lambda x: x.clone(), batches)
+    assert (parity.batch_sizes, parity.images) == ((1, 2, 7, 3), 22)
+
+
+def test_the_image_is_called_by_its_name_over_all_batches() -> None:
+    batches = [torch.zeros(size, 3) for size in (1, 2, 4)]
+    outputs = [torch.zeros(size, 3) for size in (1, 2, 4)]
+    outputs[2][3, 1] = 1.0
+    with pytest.raises(ParityError, match=r"batch of 4: image 3 \(picture 6\), output \[1\] is 1"):
+        compare(lambda x: x.clone(), constant(*outputs), batches, name=lambda position: f"picture {position}")
+
+
+@pytest.mark.parametrize(("same", "passes"), [(10, True), (9, True), (8, False)])
+def test_share_of_images_on_which_top1_must_be_equal(same: int, passes: bool) -> None:
+    """Ten images in three batches, whose logits all but tie; those after ``same`` answer otherwise."""
+    a = torch.tensor([[0.0, 1e-5]]).repeat(10, 1)
+    b = a.clone()
+    b[same:] = a[same:].flip(1)
+    pieces = [(0, 1), (1, 4), (4, 10)]
+
+    def run() -> Parity:
+        return compare(
+            constant(*(a[i:j] for i, j in pieces)),
+            constant(*(b[i:j] for i, j in pieces)),
+            [torch.zeros(j - i, 1) for i, j in pieces],
+            tol=1e-2,
+            top1_percent=90,
+            name=lambda position: f"picture {position}",
+        )
+
+    if passes:
+        assert run().top1_equal == same
+    else:
+        message = r"^top-1 is equal on 8 of 10 images, 80.00 %; at least 90 % must be, the first at picture 8$"
+        with pytest.raises(ParityError, match=message):
+            run()
+
+
+def labelled_pairs(*batches: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.zeros(size, 1), torch.zeros(size, dtype=torch.long)) for size in batches]
+
+
+def answering(*classes: list[int]) -> Callable[[Tensor], Tensor]:
+    return constant(*(torch.eye(3)[torch.tensor(row)] for row in classes))
+
+
+def test_accuracy_before_and_after() -> None:
+    accuracy = compare_accuracy(
+        answering([0, 0], [0, 1, 0]), answering([0, 1], [0, 1, 2]), labelled_pairs(2, 3), max_drop_points=40
+    )
+    assert accuracy == Accuracy(5, 80.0, 40.0, 40, 3)
+    assert str(accuracy) == ("top-1 80.00 % before, 40.00 % after (-40.00 points, at most -40 allowed) on 5 images")
+    assert json.loads(json.dumps(accuracy.as_dict()))["top1_percent_after"] == 40.0
+    with pytest.raises(ParityError, match=r"top-1 80\.00 % before, 40\.00 % after .* at most -39\.9 allowed"):
+        compare_accuracy(
+            answering([0, 0], [0, 1, 0]), answering([0, 1], [0, 1, 2]), labelled_pairs(2, 3), max_drop_points=39.9
+        )
+
+
+def test_accuracy_on_nothing_proves_nothing() -> None:
+    with pytest.raises(ParityError, match="nothing was compared"):
+        compare_accuracy(answering(), answering(), [], 0.5)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_accuracy_of_what_is_not_finite(side: int) -> None:
+    outputs = [torch.zeros(2, 3), torch.zeros(2, 3)]
+    outputs[side][1, 2] = math.nan
+    with pytest.raises(ParityError, match="batch of 2: an output is not finite"):
+        compare_accuracy(constant(outputs[0]), constant(outputs[1]), labelled_pairs(2), 100)

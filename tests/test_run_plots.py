@@ -150,6 +150,17 @@ def test_test_error_is_drawn_against_p(tmp_path: Path, draw: Draw) -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.2", "0.5", "1"]
 
 
+def test_rings_of_runs_whose_best_epochs_coincide_lie_around_each_other(tmp_path: Path, draw: Draw) -> None:
+    runs = [write_run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 0), ("d", 20))]
+    figure = draw(*runs)
+    rings: Any = figure.axes[ERROR].collections
+    widths = [float(ring.get_sizes()[0]) ** 0.5 for ring in rings]
+    assert dots(figure, ERROR) == [[3, 22.5]] * 3 + [[3, 2.5]]
+    assert min(widths[1] - widths[0], widths[2] - widths[1]) > 2 * rings[0].get_linewidth()[0]
+    assert widths[3] == widths[0]
+    assert all(ring.get_facecolor().size == 0 for ring in rings), "lines are seen through them"
+
+
 def test_without_a_test_error_everywhere_validation_error_is_compared(tmp_path: Path, draw: Draw) -> None:
     runs = [write_run(tmp_path / "a", 0.5), write_run(tmp_path / "b", 1.0, seed=1)]
     write_result(runs[1], final_survival_prob=1.0, test_top1_percent=None)

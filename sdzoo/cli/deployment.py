@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdzoo.cli.parser import Commands, positive
+from sdzoo.cli.parser import Commands, numbers, positive, words
 from sdzoo.cli.predictor import BUNDLED, model_options, open_operand, open_predictor
 from sdzoo.errors import InputError
+from sdzoo.extras import require
 
 if TYPE_CHECKING:
-    from sdzoo.deploy.benchmark import Timing
+    from sdzoo.deploy.benchmark_row import Row
 
 
 def add_commands(commands: Commands) -> None:
@@ -53,10 +55,18 @@ def add_commands(commands: Commands) -> None:
     _max_drop_option(added)
     model_options(added, runs=False)
 
-    added = commands.add("bench", _bench, "time a model eager, folded and in ONNX Runtime", "sdzoo bench sd_resnet110")
-    added.add_argument("model", help="name of a model, or a checkpoint")
-    added.add_argument("--runs", type=positive, default=15, help="timed calls for each row (default: 15)")
-    added.add_argument("--threads", type=positive, help="default: PyTorch's number")
+    example = "sdzoo bench sd_resnet110 --batch 1,32 --threads 2 -o bench\n  sdzoo bench --compare before.csv after.csv"
+    added = commands.add("bench", _bench, "time a model at several targets, in turn, or compare two tables", example)
+    added.add_argument("model", nargs="?", help="name of a model, or a checkpoint")
+    added.add_argument("--targets", type=words, help="separated by commas (default: all that can run here)")
+    added.add_argument("--batch", type=numbers, default=(1, 8, 32, 128), help="images a call (default: 1,8,32,128)")
+    added.add_argument("--threads", type=numbers, default=(1, 2), help="within one operator (default: 1,2)")
+    added.add_argument("--samples", type=positive, default=20, help="timed calls a row; p99 from 500 (default: 20)")
+    added.add_argument("--images", metavar="DIR", help="real pictures to compare on, by class also for top-1")
+    added.add_argument("--calibration", metavar="DIR", help="at least 256 other pictures, for int8")
+    added.add_argument("-o", "--output", type=Path, metavar="NAME", help="write NAME.csv, NAME.png and NAME.svg")
+    added.add_argument("--compare", nargs=2, metavar=("A.csv", "B.csv"), help="compare two tables; times nothing")
+    _max_drop_option(added)
     model_options(added, runs=False)
 
     example = "sdzoo demo -o demo"
@@ -113,37 +123,63 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    from sdzoo.deploy.benchmark_csv import compare, comparison_as_text
+
+    if arguments.compare:
+        print(comparison_as_text(compare(*arguments.compare)))
+        return
+    if not arguments.model:
+        raise InputError("name a model to time, or two tables: --compare A.csv B.csv")
+
     from sdzoo.calibration import calibrate_batchnorm
     from sdzoo.deploy.benchmark import benchmark
     from sdzoo.deploy.verification import default_images, normalised
     from sdzoo.images import input_config
     from sdzoo.zoo import open_model, summarise
 
+    if arguments.output:
+        require("matplotlib")  # rather now than after the measurement
     model = open_model(arguments.model, arguments.arch, need_weights=False)
     if not Path(arguments.model).is_file() and not summarise(arguments.model).bundled:
-        print(f"no weights of {arguments.model} ship with sdzoo: timing it untrained")
+        print(f"no weights of {arguments.model} ship with sdzoo: timing it untrained", flush=True)
         config = input_config(model)
         calibrate_batchnorm(model, [normalised(default_images(config).read(range(17)), config)])
-    _print_timings(benchmark(model, runs=arguments.runs, threads=arguments.threads, progress=show_progress))
+    print(f"timing {arguments.model}, {arguments.samples} calls a row", flush=True)
+    rows = benchmark(
+        model,
+        arguments.targets,
+        arguments.batch,
+        arguments.threads,
+        arguments.samples,
+        images=arguments.images,
+        calibration=arguments.calibration,
+        max_drop=arguments.max_drop,
+        progress=show_progress,
+    )
+    _print_rows(rows)
+    if arguments.output:
+        from sdzoo.deploy.benchmark_csv import write_rows
+        from sdzoo.plots import draw_benchmark
+
+        table = arguments.output.with_name(f"{arguments.output.name}.csv")
+        write_rows(rows, table)
+        for path in (table, *draw_benchmark(rows, arguments.output)):
+            print(f"wrote {path}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     from sdzoo.demo import demo
 
-    demo(arguments.output, print, _print_timings, show_progress)
+    demo(arguments.output, print, _print_rows, show_progress)
     print(f"\nwrote {arguments.output / 'model.onnx'} and {arguments.output / 'report.png'}")
     print(f"next: sdzoo predict IMAGE --model {arguments.output / 'model.onnx'}")
 
 
-def _print_timings(timings: list[Timing]) -> None:
+def _print_rows(rows: Sequence[Row]) -> None:
+    from sdzoo.deploy.benchmark_row import as_text
+
     show_progress("")
-    print(f"{'target':<16}{'batch':>6}{'median ms':>11}{'quartiles ms':>18}{'images/s':>10}  provider, threads")
-    for t in timings:
-        quartiles = f"{t.lower_quartile_ms:.2f} - {t.upper_quartile_ms:.2f}"
-        print(
-            f"{t.target:<16}{t.batch_size:>6}{t.median_ms:>11.2f}{quartiles:>18}{t.images_per_s:>10.0f}"
-            f"  {t.provider}, {t.threads}"
-        )
+    print(as_text(rows))
 
 
 def show_progress(text: str) -> None:

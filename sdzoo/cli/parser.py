@@ -52,3 +52,13 @@ def seconds(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return value
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Return the whole numbers, each at least 1, that commas separate in ``text``."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words that commas separate in ``text``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -108,11 +108,12 @@ def _train(arguments: argparse.Namespace) -> None:
     leads = int(os.environ.get("RANK", 0)) == 0
     if leads:
         print(f"training {recipe.model} by {path} on {data} for {recipe.epochs} epochs into {output}", flush=True)
-    comforts = Comforts(arguments.checkpoint_interval_s, arguments.tensorboard, arguments.profile)
+    go_on = f"next: {_this_command(arguments, '--resume')}"
+    comforts = Comforts(arguments.checkpoint_interval_s, arguments.tensorboard, arguments.profile, go_on)
     try:
         best = train(recipe, data, output, arguments.resume, arguments.device, arguments.force, comforts)
     except (LostProcess, Interrupted) as error:
-        raise type(error)(f"{error}; next: {_this_command(arguments, '--resume')}" if leads else str(error)) from None
+        raise type(error)(f"{error}; {go_on}" if leads else str(error)) from None
     if leads:
         print(f"done: {best}\nnext: sdzoo export {shlex.quote(str(best))} -o model.onnx")
 
@@ -133,7 +134,7 @@ def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
     leads = int(os.environ.get("RANK", 0)) == 0
     if leads:
-        print(f"measuring a few steps of {recipe.model}; nothing is written", flush=True)
+        print(f"measuring a few steps of {recipe.model}; nothing is written, nor downloaded", flush=True)
     cost = dry_run(recipe, arguments.data_dir, arguments.device)
     if not leads:
         return
@@ -167,20 +168,24 @@ def _eval(arguments: argparse.Namespace) -> None:
     predictor = open_predictor(arguments)
     if arguments.recalibrate_bn and is_exported(arguments.model):
         raise InputError("--recalibrate-bn is for PyTorch models: a folded one has no BatchNorm left")
+    source = DataSplit(arguments.data_dir, arguments.train_split, arguments.dataset, arguments.skip_corrupt)
+    number: int | None = arguments.recalibrate_bn
+    batches = recalibration_batches(predictor.config, source, number) if number else None
+    if "mean" not in predictor.config:
+        raise InputError(f"{arguments.model} does not say how pictures are resized and normalised")
     print(f"evaluating {arguments.model} ({predictor.provider}) on {split}", flush=True)
     result = evaluate_predictor(predictor.normalised, predictor.labels, predictor.config, split)
     print(_said(result))
-    if not arguments.recalibrate_bn:
+    if batches is None:
         return
 
     from sdzoo.calibration import recalibrate_batchnorm
     from sdzoo.deploy.predictor import model_predictor
     from sdzoo.zoo import open_model
 
-    source = DataSplit(arguments.data_dir, arguments.train_split, arguments.dataset, arguments.skip_corrupt)
-    print(f"BatchNorm re-estimated at full depth on {arguments.recalibrate_bn} images of {source}", flush=True)
     model = open_model(arguments.model, arguments.arch)
-    recalibrate_batchnorm(model, recalibration_batches(predictor.config, source, arguments.recalibrate_bn))
+    recalibrate_batchnorm(model, batches)
+    print(f"BatchNorm re-estimated at full depth on {number} images of {source}", flush=True)
     again = evaluate_predictor(model_predictor(model).normalised, predictor.labels, predictor.config, split)
     print(f"{_said(again)}; top-1 {again.top1_percent - result.top1_percent:+.2f} points")
 

@@ -12,8 +12,20 @@ from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 
-NAME, README = "card.json", "README.md"
+NAME, README, LABELS = "card.json", "README.md", "labels.json"
+FORMAT = "sdzoo-1"
 NOT_RUN = "not run"
+TARGETS = ("onnx", "tensorrt", "triton")
+ENGINE = ".engine"
+# What is read of the entries that are mappings.
+ENTRIES = {
+    "input": ("name", "dtype", "shape"),
+    "output": ("name", "dtype", "shape"),
+    "preprocessing": ("where", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"),
+    "versions": ("sdzoo",),
+}
+ACCURACY = ("images", "top1_percent_before", "top1_percent_after")
+DIFFERENCE = ("images", "max_abs_diff", "allowed")
 TEXT = """# {name}, {precision}, for {target}
 
 Made by sdzoo {version}. `{file}` takes {takes}
@@ -65,7 +77,7 @@ class Card:
     serve: str
     files: dict[str, str] = field(default_factory=dict)
     engine: dict[str, Any] | None = None
-    format: str = "sdzoo-1"
+    format: str = FORMAT
 
     @property
     def compared(self) -> str:
@@ -143,27 +155,65 @@ def read_card(folder: str | Path) -> Card:
     _check(card, path)
     for name, digest in card.files.items():
         file = folder / name
-        if not file.is_file():
-            raise InputError(f"{folder} is not whole: {name} is missing")
-        if file_sha256(file) != digest:
-            raise InputError(f"{file} is damaged: its sha256 is not the one in {NAME}")
+        try:
+            if not file.is_file():
+                raise InputError(f"{folder} is not whole: {name} is missing")
+            if file_sha256(file) != digest:
+                raise InputError(f"{file} is damaged: its sha256 is not the one in {NAME}")
+        except OSError as error:
+            raise InputError(f"{folder} is not whole: {name} cannot be read: {error.strerror}") from None
     return card
 
 
+def read_labels(folder: Path, card: Card) -> list[str] | None:
+    """Return the names of the classes of a folder whose card was read; None where they are only numbers.
+
+    Raises:
+        InputError: if they are missing, damaged, or not as many as the classes.
+    """
+    path = folder / LABELS
+    if LABELS not in card.files:
+        raise InputError(f"{folder} is not whole: {NAME} does not list {LABELS}")
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+        check_description({"labels": labels, "num_classes": card.output["shape"][-1]})
+    except (OSError, ValueError, RecursionError) as error:  # InputError is a ValueError
+        raise InputError(f"{path} is damaged: {error}") from None
+    return None if not labels or labels == [str(index) for index in range(len(labels))] else labels
+
+
 def _check(card: Card, path: Path) -> None:
+    if card.format != FORMAT:
+        raise InputError(f"{path} is of another version of sdzoo: its format is {str(card.format)[:80]!r}")
     texts = (card.model, card.target, card.precision, card.file, card.provider, card.serve, card.weights_sha256)
-    mappings = (card.files, card.input, card.output, card.preprocessing, card.versions)
-    if not all(isinstance(t, str) for t in texts) or not all(isinstance(m, dict) for m in mappings):
+    if not all(isinstance(t, str) for t in (*texts, card.tag or "")) or not isinstance(card.files, dict):
         raise InputError(f"{path} is damaged: an entry is of another type")
+    for name, needed in ENTRIES.items():
+        entry = getattr(card, name)
+        if not isinstance(entry, dict) or not all(key in entry for key in needed):
+            raise InputError(f"{path} is damaged: {name} needs {', '.join(needed)}")
+        if "shape" in needed and not (isinstance(entry["shape"], list) and entry["shape"]):
+            raise InputError(f"{path} is damaged: the shape of its {name} is no list")
+    if card.parity != NOT_RUN and not (_has_numbers(card.parity, ACCURACY) or _has_numbers(card.parity, DIFFERENCE)):
+        raise InputError(f'{path} is damaged: its parity is neither "{NOT_RUN}" nor figures')
+    if card.target not in TARGETS:
+        raise InputError(f'{path} is damaged: target "{card.target[:80]}" is unknown; known: {", ".join(TARGETS)}')
+    if isinstance(card.engine, dict) != card.file.endswith(ENGINE):
+        raise InputError(f"{path} is damaged: {card.file[:80]} and what it says of an engine do not fit")
     if card.file not in card.files:
         raise InputError(f"{path} names {card.file} but not its sha256")
     for name in card.files:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise InputError(f"{path} names {name}, which is outside the folder")
+    said = {"arch": card.model, "survival_probs": card.survival_probs, "precision": card.precision}
     try:
-        check_description(card.preprocessing | {"arch": card.model, "survival_probs": card.survival_probs})
+        check_description(card.preprocessing | said | {"preprocess": card.preprocessing["where"]})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _has_numbers(entry: Any, names: tuple[str, ...]) -> bool:
+    return isinstance(entry, dict) and "inputs" in entry and all(type(entry.get(n)) in (int, float) for n in names)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -82,13 +82,14 @@ def export(
             card = _write_engine(card, built, folder, Path(out), backend)
         card = replace(card, files=digests(folder))
         card.write(folder)
-        if card.engine is not None and not (reason := _why_not_here(card.engine)):
-            progress("comparing the engine")
-            card = verify_engine(model, folder, verification_images(settings, model), max_drop)
-            card = replace(card, serve=_predict(out))
-            card.write(folder)
-        elif card.engine is not None:
-            progress(f"the engine stays unverified: it {reason}")
+        if card.engine is not None:
+            if reason := _why_not_here(card.engine):
+                progress(f"the engine stays unverified: it {reason}")
+            else:
+                progress("comparing the engine")
+                card = verify_engine(model, folder, verification_images(settings, model), max_drop)
+                card = replace(card, serve=_predict(out))
+                card.write(folder)
     return card
 
 

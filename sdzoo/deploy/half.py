@@ -12,22 +12,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from sdzoo.deploy.preprocess import preprocessing_nodes
 from sdzoo.errors import ParityError
 
 LARGEST = 32_000.0  # of 65 504: images that were not looked at may reach further
 
 
 def to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a float16 copy of ``proto`` with its inputs, outputs and preprocessing in float32."""
+    """Return a float16 copy of ``proto`` with its inputs and outputs in float32."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    converted = OnnxModel(
-        convert_float_to_float16(copy, keep_io_types=True, node_block_list=preprocessing_nodes(proto))
-    )
+    converted = OnnxModel(convert_float_to_float16(copy, keep_io_types=True))
     converted.topological_sort()  # the casts were appended
     return converted.model
 
@@ -44,7 +41,7 @@ def check_range(proto: onnx.ModelProto, batches: Iterable[NDArray[np.generic]]) 
         if weight.data_type == TensorProto.FLOAT:
             _check(f"the weight {weight.name}", float(np.abs(numpy_helper.to_array(weight)).max(initial=0)))
     probe = _with_maxima(proto)
-    names = [node.name for node in _float_nodes(proto)]
+    names = [node.name for node in proto.graph.node]
     session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     largest = np.zeros(len(names))
@@ -61,15 +58,11 @@ def _check(what: str, value: float) -> None:
         raise ParityError(f"{what} reaches {value:.6g}; in float16 at most {LARGEST:g} is allowed: export fp32")
 
 
-def _float_nodes(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in proto.graph.node if node.name not in preprocessing_nodes(proto)]
-
-
 def _with_maxima(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy of ``proto`` whose outputs are the largest magnitude of each node's output, in their order."""
     probe = onnx.ModelProto()
     probe.CopyFrom(proto)
-    outputs = [node.output[0] for node in _float_nodes(proto)]
+    outputs = [node.output[0] for node in proto.graph.node]
     del probe.graph.output[:]
     for output in outputs:
         probe.graph.node.append(helper.make_node("Abs", [output], [f"{output}/abs"]))

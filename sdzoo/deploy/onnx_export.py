@@ -60,8 +60,12 @@ class Settings:
                 f'preprocess "{self.preprocess}" is unknown; known: {", ".join(PREPROCESSING)}'
                 f"{nearest(self.preprocess, PREPROCESSING)}"
             )
-        if (self.precision == "int8") != (self.calibration is not None):
-            raise InputError(f"calibration images are for int8, which needs them; precision is {self.precision}")
+        if self.precision == "int8" and self.calibration is None:
+            raise InputError(
+                "int8 needs at least 256 pictures to calibrate on, other ones than it is judged on (--calibration DIR)"
+            )
+        if self.precision != "int8" and self.calibration is not None:
+            raise InputError(f"calibration images are for int8; precision is {self.precision}")
         if not 0 <= self.max_drop <= 100:
             raise InputError(f"max_drop is {self.max_drop}; it is in points of top-1, 0 to 100")
 
@@ -72,6 +76,7 @@ class OnnxFile:
 
     content: bytes
     metadata: dict[str, Any]
+    output_shape: list[str | int]
     proof: Parity | Accuracy
 
 
@@ -84,6 +89,7 @@ def export_onnx(
     images: str | Path | None = None,
     calibration: str | Path | None = None,
     max_drop: float = MAX_DROP_POINTS,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Parity | Accuracy:
     """Write ``model`` as one verified ONNX file and return how close it came.
 
@@ -100,6 +106,7 @@ def export_onnx(
         images: A folder of real pictures to compare on, by class for int8; default: those that ship with sdzoo.
         calibration: A folder of at least 256 pictures that are not among ``images``, for int8.
         max_drop: Top-1 that int8 may lose, in points.
+        progress: Called with what is being done.
 
     Raises:
         InputError: if the model is in training mode, folded already, not float32, or has a part without ONNX
@@ -112,7 +119,7 @@ def export_onnx(
     import onnx
 
     with atomic_path(path) as temporary:
-        built = build_onnx(model, settings)
+        built = build_onnx(model, settings, progress)
         temporary.write_bytes(built.content)
         try:
             intact = (
@@ -146,16 +153,13 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
     opset = {entry.domain: entry.version for entry in proto.opset_import}.get("")
     if opset != OPSET:
         raise ParityError(f"asked for opset {OPSET}, got {opset}")
-    if settings.preprocess == "in-graph":
-        proto = with_preprocessing(proto, config)
-    feed = _feed(settings, config)
     notes: dict[str, Any] = {}
     if settings.precision == "fp16":
         from sdzoo.deploy.half import check_range, to_half
 
         progress(f"looking for overflow on {images.origin}")
         try:
-            node, value = check_range(proto, (feed(batch) for batch in images.batches()))
+            node, value = check_range(proto, (normalised(batch, config).numpy() for batch in images.batches()))
         except ParityError as error:
             raise ParityError(f"not exported, {images.origin}: {error}") from None
         notes = {"largest_intermediate": {"node": node, "value": value}, "computed_in": "float32, as CPUs do"}
@@ -165,8 +169,11 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
 
         assert settings.calibration is not None
         progress(f"calibrating on {settings.calibration}")
-        proto = quantize(proto, settings.preset, _calibration(settings.calibration, config, feed))
+        proto = quantize(proto, settings.preset, _calibration(settings.calibration, config))
         notes = {"preset": settings.preset}
+    if settings.preprocess == "in-graph":  # last, so that it stays in float32 at any precision
+        proto = with_preprocessing(proto, config)
+    proto.producer_name = "sdzoo"  # the quantiser puts its own
     graph = proto.SerializeToString()
     progress(f"comparing on {images.origin}")
     proof = _verify(source, graph, images, settings, config)
@@ -188,7 +195,8 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
     onnx.checker.check_model(proto, full_check=True)
     content = sealed(proto.SerializeToString())
-    return OnnxFile(content, metadata, proof)
+    shape = [dim.dim_param or dim.dim_value for dim in proto.graph.output[0].type.tensor_type.shape.dim]
+    return OnnxFile(content, metadata, shape, proof)
 
 
 def labels_of(model: nn.Module) -> list[str] | None:
@@ -197,14 +205,19 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return list(names) if names and len(names) == model.num_classes else None
 
 
+def check_described(model: nn.Module) -> None:
+    """Raise InputError unless ``model`` says its classes and input, as timm's models do."""
+    if not hasattr(model, "pretrained_cfg") or not hasattr(model, "num_classes"):
+        raise InputError(f"{type(model).__name__} does not say its classes and input: create it with timm.create_model")
+
+
 def _check_exportable(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise InputError("cannot export a compiled model: export the one that was compiled")
     check_evaluation(model)
     if kinds := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise InputError(f"cannot export {', '.join(map(str, kinds))} weights: call model.float() first")
-    if not hasattr(model, "pretrained_cfg") or not hasattr(model, "num_classes"):
-        raise InputError(f"{type(model).__name__} does not say its classes and input: create it with timm.create_model")
+    check_described(model)
 
 
 def verification_images(settings: Settings, model: nn.Module) -> Images:
@@ -222,10 +235,8 @@ def verification_images(settings: Settings, model: nn.Module) -> Images:
     return images
 
 
-def _calibration(
-    folder: str | Path, config: dict[str, Any], feed: Callable[[Tensor], NDArray[np.generic]]
-) -> Iterator[NDArray[np.generic]]:
-    """Yield pictures of ``folder``, evenly spread over it, in batches as the graph takes them."""
+def _calibration(folder: str | Path, config: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
+    """Yield pictures of ``folder``, evenly spread over it, normalised, in batches."""
     from sdzoo.deploy.quantize import LEAST_IMAGES
 
     images = images_of(folder, config)
@@ -233,7 +244,7 @@ def _calibration(
         raise InputError(f"{folder} holds {len(images)} images; int8 is calibrated on at least {LEAST_IMAGES}")
     chosen = np.linspace(0, len(images) - 1, min(CALIBRATION_IMAGES, len(images))).round().astype(int).tolist()
     for start in range(0, len(chosen), 32):
-        yield feed(images.read(chosen[start : start + 32]))
+        yield normalised(images.read(chosen[start : start + 32]), config).numpy()
 
 
 def _feed(settings: Settings, config: dict[str, Any]) -> Callable[[Tensor], NDArray[np.generic]]:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from sdzoo.deploy.onnx_export import labels_of
+from sdzoo.deploy.onnx_export import check_described, labels_of
 from sdzoo.errors import InputError
 from sdzoo.fold import check_evaluation
-from sdzoo.images import check_image, input_config, normalise, open_image, resizer
+from sdzoo.images import check_image, denormalise, input_config, normalise, open_image, resizer
 
 Picture: TypeAlias = str | Path | Image.Image
 
@@ -39,6 +39,7 @@ class Predictor:
         config: Input size, mean, std, interpolation, crop; of a file that does not say, the input size alone.
         precision: ``fp32``, ``fp16`` or ``int8``: what the comparison with the model that was trained allowed.
         in_graph: Whether arrays are uint8 ``(B, H, W, C)``, which the graph normalises.
+        weights_sha256: Of the weights that it was exported from; None of a model or a file that does not say.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Predictor:
         convert: bool = False,
         precision: str = "fp32",
         in_graph: bool = False,
+        weights_sha256: str | None = None,
     ) -> None:
         self.has_classes = has_classes
         self.name, self.provider, self.labels, self.config = name, provider, labels, config
-        self.precision, self.in_graph = precision, in_graph
+        self.precision, self.in_graph, self.weights_sha256 = precision, in_graph, weights_sha256
         self._run, self._convert = run, convert
         self._resize = resizer(config) if "mean" in config else None
 
@@ -81,18 +83,22 @@ class Predictor:
             raise InputError("no images given")
         if self._resize is None:
             raise InputError(f"{self.name} does not say how pictures are resized and normalised: give it arrays")
-        return self.pixels(np.stack([self._resize(self._opened(picture)) for picture in pictures]))
+        return self._finite(self.pixels(np.stack([self._resize(self._opened(picture)) for picture in pictures])))
 
     def pixels(self, images: NDArray[np.uint8], config: dict[str, Any] | None = None) -> NDArray[np.float32]:
-        """Return logits ``(B, num_classes)`` for uint8 ``(B, C, H, W)`` at the model's input size.
+        """Return logits ``(B, num_classes)`` for uint8 ``(B, C, H, W)`` at the model's input size, also if not finite.
 
         Args:
             images: Pictures, resized and cropped.
             config: By what they are normalised where the graph does not; default: the predictor's own.
         """
         if self.in_graph:
-            return self._finite(self._run(np.ascontiguousarray(images.transpose(0, 2, 3, 1))))
-        return self._finite(self._run(normalise(images, config or self.config)))
+            return self._run(np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
+        return self._run(normalise(images, config or self.config))
+
+    def normalised(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return logits for normalised ``(B, C, H, W)``, of whose pixels a graph that normalises is given."""
+        return self._finite(self.pixels(denormalise(images, self.config))) if self.in_graph else self(images)
 
     def warmup(self, batch_size: int = 1, runs: int = 3) -> None:
         """Compute ``runs`` batches of zeros, so that the first real one does not wait for what is set up late."""
@@ -146,18 +152,21 @@ class Predictor:
             return np.ascontiguousarray(array)
         if not np.issubdtype(array.dtype, np.floating):
             raise InputError(f"the array is {array.dtype}; give normalised floats, or pictures")
-        if not np.isfinite(array).all():
+        with np.errstate(over="ignore"):
+            images = np.ascontiguousarray(array, dtype=np.float32)
+        if not np.isfinite(images).all():
             raise InputError("the array holds values that are not finite")
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return images
 
 
 def model_predictor(model: nn.Module, convert: bool = False) -> Predictor:
     """Return a predictor that computes ``model``, in evaluation, where its weights are.
 
     Raises:
-        InputError: if the model is in training mode.
+        InputError: if the model is in training mode, or not one of timm's.
     """
     check_evaluation(model)
+    check_described(model)
     like = next(model.parameters())
 
     @torch.inference_mode()

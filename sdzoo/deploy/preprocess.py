@@ -19,7 +19,7 @@ def with_preprocessing(proto: onnx.ModelProto, config: dict[str, Any]) -> onnx.M
     """Return a copy of ``proto``, whose input is float32 ``(batch, C, H, W)``, that takes uint8 ``(batch, H, W, C)``.
 
     Args:
-        proto: A model with one input.
+        proto: A model with one input; it may compute in any precision.
         config: timm's data config: ``input_size``, ``mean`` and ``std``.
     """
     wrapped = onnx.ModelProto()
@@ -51,8 +51,3 @@ def with_preprocessing(proto: onnx.ModelProto, config: dict[str, Any]) -> onnx.M
     graph.node.extend(nodes)
     graph.input.append(helper.make_tensor_value_info(given.name, TensorProto.UINT8, ["batch", height, width, channels]))
     return wrapped
-
-
-def preprocessing_nodes(proto: onnx.ModelProto) -> list[str]:
-    """Return the names of the nodes that :func:`with_preprocessing` added; they stay in float32 at any precision."""
-    return [node.name for node in proto.graph.node if node.name.startswith(f"{PREFIX}.")]

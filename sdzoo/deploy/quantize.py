@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from sdzoo.deploy.preprocess import preprocessing_nodes
 from sdzoo.errors import InputError
 
 LEAST_IMAGES = 256
@@ -58,35 +57,34 @@ def quantize(proto: onnx.ModelProto, preset: str, batches: Iterator[NDArray[np.g
 
         def get_next(self) -> dict[str, Any] | None:  # type: ignore[override]
             batch = next(batches, None)
-            self.images += 0 if batch is None else len(batch)
-            return None if batch is None else {proto.graph.input[0].name: batch}
+            if batch is not None:
+                self.images += len(batch)
+                return {proto.graph.input[0].name: batch}
+            if self.images < LEAST_IMAGES:
+                raise InputError(f"calibrated on {self.images} images; int8 needs at least {LEAST_IMAGES}")
+            return None
 
     if preset not in PRESETS:
         raise InputError(f'preset "{preset}" is unknown; known: {", ".join(PRESETS)}')
-    chosen, reader = PRESETS[preset], Reader()
-    left_out = preprocessing_nodes(proto)
-    if chosen.ends_in_float:
-        weighted = [node.name for node in proto.graph.node if node.op_type in ("Conv", "Gemm")]
-        left_out += [weighted[0], weighted[-1]]
+    chosen = PRESETS[preset]
+    weighted = [node.name for node in proto.graph.node if node.op_type in ("Conv", "Gemm")]
     with tempfile.TemporaryDirectory() as folder, _silent():
         quantize_static(
             onnx.shape_inference.infer_shapes(proto),
             Path(folder, "int8.onnx"),
-            reader,
+            Reader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             reduce_range=chosen.reduce_range,
             activation_type=QuantType.QInt8 if chosen.signed_activations else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=left_out,
+            nodes_to_exclude=[weighted[0], weighted[-1]] if chosen.ends_in_float else [],
             extra_options={
                 "ActivationSymmetric": chosen.signed_activations,
                 "WeightSymmetric": True,
                 "QuantizeBias": chosen.quantise_bias,
             },
         )
-        if reader.images < LEAST_IMAGES:
-            raise InputError(f"calibrated on {reader.images} images; int8 needs at least {LEAST_IMAGES}")
         return onnx.load(Path(folder, "int8.onnx"))
 
 

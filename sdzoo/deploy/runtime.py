@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdzoo.deploy.card import NAME, Card, read_card
+from sdzoo.deploy.card import ENGINE, NAME, Card, read_card, read_labels
 from sdzoo.deploy.predictor import Predictor
 from sdzoo.deploy.session import check_threads, open_session
 from sdzoo.description import check_description
@@ -18,10 +18,9 @@ from sdzoo.digest import seal_holds
 from sdzoo.errors import InputError
 from sdzoo.extras import require
 
-ENGINE = ".engine"
 METADATA = (
     *("model", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "labels", "survival_probs"),
-    *("precision", "preprocess", "file_sha256"),
+    *("precision", "preprocess", "weights_sha256", "file_sha256"),
 )
 
 
@@ -50,24 +49,25 @@ def load_predictor(
     path = Path(path)
     if threads is not None:
         check_threads(threads)
+    card = None
     if path.is_dir():
         card = read_card(path)
-        return _opened(path / card.file, card, provider, threads, convert, unverified)
-    if not path.is_file():
+        path = path / card.file
+    elif not path.is_file():
         raise InputError(f"{path} does not exist")
-    if path.suffix == ENGINE:
+    if path.suffix != ENGINE:
+        return _onnx(path, provider, threads, convert)
+    if card is None:
         if not (path.parent / NAME).is_file():
             raise InputError(f"{path} has no {NAME} beside it, which says how to feed it and what it was built for")
         card = read_card(path.parent)
         if card.file != path.name:
             raise InputError(f"{path} is not what {path.parent / NAME} is about: that is {card.file}")
-        return _opened(path, card, provider, threads, convert, unverified)
-    return _onnx(path, provider, threads, convert)
+    return _engine(path, card, provider, threads, convert, unverified)
 
 
-def _opened(path: Path, card: Card, provider: str, threads: int | None, convert: bool, unverified: bool) -> Predictor:
-    if path.suffix != ENGINE:
-        return _onnx(path, provider, threads, convert)
+def _engine(path: Path, card: Card, provider: str, threads: int | None, convert: bool, unverified: bool) -> Predictor:
+    from sdzoo.deploy.tensorrt_builder import find_gpu
     from sdzoo.deploy.tensorrt_engine import load_engine
 
     if provider not in ("auto", "tensorrt"):
@@ -78,17 +78,25 @@ def _opened(path: Path, card: Card, provider: str, threads: int | None, convert:
     run = load_engine(path, card.engine, card.rebuild, unverified=unverified)
     where = card.preprocessing["where"]
     config = {name: _tuple(value) for name, value in card.preprocessing.items() if name != "where"}
-    labels = json.loads((path.parent / "labels.json").read_text(encoding="utf-8"))
-    named = None if labels == [str(index) for index in range(len(labels))] else labels
-    engine = f"TensorRT {card.engine['version']}, {card.engine['gpu']}"
-    has_classes = card.output["name"] == "logits"
-    return Predictor(run, card.model, engine, named, config, has_classes, convert, card.precision, where == "in-graph")
+    return Predictor(
+        run,
+        card.model,
+        f"{card.engine['flavour']} {card.engine['version']}, {find_gpu()}",
+        read_labels(path.parent, card),
+        config,
+        card.output["name"] == "logits",
+        convert,
+        card.precision,
+        where == "in-graph",
+        card.weights_sha256,
+    )
 
 
 def _onnx(path: Path, provider: str, threads: int | None, convert: bool) -> Predictor:
     require("onnxruntime")
     session = open_session(path, provider, threads)
-    if not session.get_modelmeta().custom_metadata_map.keys() & METADATA:
+    about = session.get_modelmeta()
+    if about.producer_name != "sdzoo" and not about.custom_metadata_map.keys() & METADATA:
         return _foreign(session, path)
     metadata = _metadata(session, path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -117,6 +125,7 @@ def _onnx(path: Path, provider: str, threads: int | None, convert: bool) -> Pred
         convert,
         metadata["precision"],
         in_graph,
+        str(metadata["weights_sha256"]),
     )
 
 
@@ -126,6 +135,8 @@ def _foreign(session: Any, path: Path) -> Predictor:
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
         got = ", ".join(f"{i.type} {i.shape}" for i in inputs) or "nothing"
         raise InputError(f"{path} takes {got}; a classifier of images takes one float (batch, channels, height, width)")
+    if output.type != "tensor(float)":
+        raise InputError(f"{path} gives {output.type}; a classifier of images gives tensor(float)")
     size = tuple(size if isinstance(size, int) else None for size in inputs[0].shape[1:])
     warnings.warn(
         f"{path} has no metadata of sdzoo's: its labels, how pictures are resized and normalised, its survival "
@@ -134,7 +145,11 @@ def _foreign(session: Any, path: Path) -> Predictor:
     )
 
     def run(batch: NDArray[Any]) -> NDArray[np.float32]:
-        return session.run([output.name], {inputs[0].name: batch})[0]
+        try:
+            return session.run([output.name], {inputs[0].name: batch})[0]
+        except Exception as error:  # a fixed size of batch, or whatever else a stranger's file may hold
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} cannot compute an array of {batch.shape}: {reason}") from None
 
     has_classes = len(output.shape) == 2
     return Predictor(run, path.name, session.get_providers()[0], None, {"input_size": size}, has_classes)

@@ -63,5 +63,5 @@ def open_session(path: str | Path, provider: str, threads: int | None) -> Any:
     if got != wanted[0]:
         if provider != "auto":
             raise InputError(f"asked for {wanted[0]}, but this machine can only run {got}")
-        warnings.warn(f"{wanted[0]} is installed but does not run here; using {got}", stacklevel=3)
+        warnings.warn(f"{wanted[0]} is installed but does not run here; using {got}", stacklevel=4)
     return session

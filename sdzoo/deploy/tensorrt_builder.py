@@ -108,7 +108,7 @@ class EngineFacts:
                 int(stored["layers"]),
                 int(stored["bytes"]),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"what is said of the engine cannot be read: {error}") from None
 
 

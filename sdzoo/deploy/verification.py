@@ -77,9 +77,13 @@ class Images:
     def check_classes(self, labels: Sequence[str] | None, num_classes: int) -> None:
         """Check that the class folders, if any, are a model's; where it has no names, their order is its classes'.
 
+        A model without classifier takes any.
+
         Raises:
             InputError: with both.
         """
+        if not num_classes:
+            return
         if self.classes and labels and tuple(labels) != self.classes:
             raise InputError(f"the classes of {self.origin} are {_some(self.classes)}; the model's are {_some(labels)}")
         if self.classes and len(self.classes) != num_classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sdzoo.deploy.precision import MAX_DROP_POINTS, PRECISIONS, judge
 from sdzoo.deploy.predictor import Predictor, model_predictor
 from sdzoo.deploy.runtime import load_predictor
 from sdzoo.deploy.verification import Images, default_images, images_of
+from sdzoo.digest import state_sha256
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 from sdzoo.parity import Accuracy, Parity
@@ -28,7 +30,8 @@ def verify(
 ) -> Parity | Accuracy:
     """Return what shows that ``b`` computes what ``a`` does, by the rule of the lower precision of the two.
 
-    An unverified TensorRT engine that passes is given its name, and its card the result: from then on it is loaded.
+    An unverified TensorRT engine ``b`` that passes is given its name, and its card the result: from then on it is
+    loaded. It stays unverified, with a warning, if ``a`` cannot prove it: another model, or one of lower precision.
 
     Args:
         a: The reference: a model (folded or not), a predictor, or an exported file or folder.
@@ -48,11 +51,14 @@ def verify(
     _check_alike(reference, candidate)
     chosen = default_images(config) if images is None else images_of(images, config)
     precision = max(reference.precision, candidate.precision, key=PRECISIONS.index)
-    if chosen.classes and (labels := reference.labels or candidate.labels):
-        chosen.check_classes(labels, len(labels))
+    if chosen.classes and reference.has_classes:
+        outputs = reference.pixels(chosen.read([0]).numpy(), config).shape[1]
+        chosen.check_classes(reference.labels or candidate.labels, outputs)
     proof = judge(_compute(reference, config), _compute(candidate, config), chosen, precision, max_drop)
-    for operand in (a, b):
-        if (folder := _unverified_folder(operand)) is not None:
+    if (folder := _unverified_folder(b)) is not None:
+        if reason := _why_no_proof(a, reference, candidate):
+            warnings.warn(f"{b} stays unverified: {reference.name} {reason}", stacklevel=2)
+        else:
             _promote(folder, proof, chosen, candidate.provider)
     return proof
 
@@ -82,7 +88,7 @@ def _check_alike(reference: Predictor, candidate: Predictor) -> None:
         ours, theirs = reference.config.get(what), candidate.config.get(what)
         if ours is None or theirs is None:
             continue
-        if [*map(float, ours)] != [*map(float, theirs)]:
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(ours, theirs, strict=False)):
             raise InputError(f"{what} of {reference.name} is {ours}, of {candidate.name} {theirs}")
     if reference.labels and candidate.labels and reference.labels != candidate.labels:
         raise InputError(f"{reference.name} and {candidate.name} name their classes differently")
@@ -103,6 +109,18 @@ def _unverified_folder(operand: Operand) -> Path | None:
     card = read_card(folder)
     names_it = Path(operand).is_dir() or Path(operand).name == card.file
     return folder if names_it and card.engine and not card.verified else None
+
+
+def _why_no_proof(a: Operand, reference: Predictor, engine: Predictor) -> str | None:
+    """Return why agreeing with ``a`` does not show that ``engine`` computes the model it was built from."""
+    if _unverified_folder(a) is not None:
+        return "is an engine that was never compared itself"
+    weights = state_sha256(a.state_dict()) if isinstance(a, nn.Module) else reference.weights_sha256
+    if weights != engine.weights_sha256:
+        return "is not the model that it was built from, or does not say so"
+    if PRECISIONS.index(reference.precision) > PRECISIONS.index(engine.precision):
+        return f"is {reference.precision}, which is less than the {engine.precision} of the engine"
+    return None
 
 
 def _promote(folder: Path, proof: Parity | Accuracy, images: Images, provider: str) -> Card:

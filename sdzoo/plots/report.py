@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdzoo.deploy.benchmark import Timing
+from sdzoo.deploy.benchmark_row import Row
 from sdzoo.deploy.predictor import Prediction
 from sdzoo.extras import require
 from sdzoo.files import atomic_path
@@ -22,7 +22,7 @@ def draw_report(
     subtitle: str,
     pictures: Mapping[str, Path],
     predictions: Mapping[str, Sequence[Prediction]],
-    timings: Sequence[Timing],
+    timings: Sequence[Row],
 ) -> None:
     """Draw the demo's report: each picture with its most probable classes, and the latencies below.
 
@@ -90,7 +90,7 @@ def draw_report(
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(RULE)
     threads = "1 thread" if timings[0].threads == 1 else f"{timings[0].threads} threads"
-    note = f"median and quartiles of {timings[0].runs} interleaved calls, {threads}"
+    note = f"median and quartiles of {timings[0].samples} interleaved calls, {threads}"
     figure.text(0.04, 0.03, note, fontsize=8.5, color=MUTED)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -111,15 +111,15 @@ def _figure(runs: dict[str, RunRecord]) -> Figure:
 
     per_epoch = "mean of each epoch"
     loss = panel(0, 0, "Training loss", per_epoch, "epoch")
-    error = panel(0, 1, "Validation error", "% of the images; the dot: best epoch", "epoch")
+    error = panel(0, 1, "Validation error", "% of the images; the ring: best epoch", "epoch")
     gradient = panel(1, 0, "Gradient of the first convolution", "mean magnitude, log scale", "epoch")
     for name, run in runs.items():
-        epochs, best = run.log["epoch"], run.log["epoch"] == run.best_epoch
+        epochs = run.log["epoch"]
         _line(loss, epochs, run.log["train_loss"], looks[name])
         _line(error, epochs, 100 - run.log["val_top1_percent"], looks[name])
-        error.scatter(epochs[best], 100 - run.log["val_top1_percent"][best], s=22, color=looks[name]["color"], zorder=3)
         magnitude = run.log[GRADIENT]
         _line(gradient, epochs, np.where(magnitude > 0, magnitude, np.nan), looks[name])
+    _mark_best_epochs(error, runs, looks)
     stepwise = any(run.steps for run in runs.values())
     note = f"thin: each step; thick: running mean of up to {WINDOW} steps" if stepwise else per_epoch
     live = panel(1, 1, "Live blocks", note, "optimizer step", span=columns - 1)
@@ -139,6 +139,28 @@ def _line(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], look: dict
     """Draw through the finite points; a single one, which has no line, as a dot."""
     there = np.isfinite(y)
     axes.plot(x[there], y[there], marker="." if there.sum() == 1 else "", solid_capstyle="round", **look)
+
+
+def _mark_best_epochs(axes: Axes, runs: dict[str, RunRecord], looks: dict[str, dict[str, Any]]) -> None:
+    """Draw a ring around each run's best epoch, wider than those that are nearly there already: none hides another."""
+    width = max(float(run.log["epoch"][-1]) for run in runs.values())
+    height = max([run.best_val_error_percent for run in runs.values() if run.best_epoch is not None], default=1.0)
+    marked: list[tuple[float, float]] = []
+    for name, run in runs.items():
+        if run.best_epoch is None:
+            continue
+        x, y = float(run.best_epoch), run.best_val_error_percent
+        here = sum(abs(x - a) < 0.04 * width and abs(y - b) < 0.1 * height for a, b in marked)
+        marked.append((x, y))
+        axes.scatter(
+            [x],
+            [y],
+            s=(4.5 + 3.5 * here) ** 2,
+            facecolors="none",
+            edgecolors=looks[name]["color"],
+            linewidths=1.3,
+            zorder=3,
+        )
 
 
 def _scale(axes: Axes, logarithmic: bool) -> None:

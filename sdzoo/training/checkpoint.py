@@ -78,14 +78,27 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise InputError(f"{path} does not exist")
     if path.suffix == ".onnx":
         raise InputError(f"{path} is an ONNX file; name the model or the checkpoint that it came from")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path, path)
+
+
+def read_run(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what :func:`read_checkpoint` returns for the ``content`` of a file, called ``path`` in messages.
+
+    Raises:
+        InputError: as :func:`read_checkpoint`.
+    """
+    return _read_pickled(io.BytesIO(content), path)
+
+
+def _read_pickled(file: Path | io.BytesIO, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
             raise ValueError(f"{damaged} is damaged")
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of a stranger's pickle is said below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         why = "damaged or holds more than tensors and plain values"
         raise InputError(f"{path} is {why}; it is not loaded, none of it ran") from None

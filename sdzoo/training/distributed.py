@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import torch
 import torch.distributed as dist
 
 from sdzoo.errors import InputError
+from sdzoo.training import heartbeat
 
-# A process that waits this long for another gives it up; one that died is noticed at once, by its closed connection.
-PATIENCE = timedelta(seconds=50)
-DOWNLOAD_PATIENCE = timedelta(hours=6)
+# A process that died is noticed at once by those that wait for it, by its closed connection; one that was stopped, or
+# whose machine is gone, by its heartbeat. What is left is one that beats and never comes: it is given up after this.
+PATIENCE = timedelta(minutes=10)
+DATA_PATIENCE = timedelta(hours=6)  # and while data is fetched and read after this
 
 
 class LostProcess(RuntimeError):
@@ -40,7 +43,7 @@ class Processes:
 
     shard: Shard
     device: torch.device
-    patient: Any = None  # a group of all processes, in which one may wait long
+    patient: Any = None  # a group of all processes, on gloo, in which one may wait long
 
     @property
     def leads(self) -> bool:
@@ -70,26 +73,50 @@ class Processes:
             dist.all_gather_object(parts, part, group=self.patient)
         return {name: value for each in parts for name, value in each.items()}
 
+    def from_leader(self, content: bytes | None) -> bytes | None:
+        """Return the first process's ``content``, or None if it has none; each must call it, in the same order."""
+        if not self.many:
+            return content
+        with lost_processes_named(self.shard):
+            size = torch.tensor([-1 if content is None else len(content)])
+            dist.broadcast(size, 0, group=self.patient)
+            if size < 0:
+                return None
+            data = torch.empty(int(size), dtype=torch.uint8)
+            if self.leads and content:
+                data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            if len(data):
+                dist.broadcast(data, 0, group=self.patient)
+        return content if self.leads else data.numpy().tobytes()
+
+    def meet(self) -> None:
+        """Wait, however long, until all processes are here."""
+        if self.many:
+            with lost_processes_named(self.shard):
+                dist.barrier(self.patient)
+
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """Let the first process through the ``with`` before the others: it fetches what all then find."""
-        with lost_processes_named(self.shard):
-            if self.many and not self.leads:
-                dist.barrier(self.patient)
-            try:
-                yield
-            finally:  # also if it failed: then the others find out why
-                if self.many and self.leads:
-                    dist.barrier(self.patient)
+        if not self.leads:
+            self.meet()
+        try:
+            yield
+        finally:  # also if it failed: then the others find out why
+            if self.leads:
+                self.meet()
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[Processes]:
+def processes(device: str | None = None, advice: str = "") -> Iterator[Processes]:
     """Join the other processes of this run, if there are any, for the time of the ``with``.
+
+    If one of them falls silent, this process ends with code 1 and one line: what it waits for may never return.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; default: cuda if there is one. Of several processes, each takes the
             card of its local rank.
+        advice: What that line ends with on the first process.
 
     Raises:
         InputError: if there is no such device.
@@ -100,12 +127,28 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     if shard.world == 1:
         yield Processes(shard, chosen)
         return
+
+    def lost(silent: list[int]) -> None:
+        which = ", ".join(map(str, silent))
+        message = _gone(shard, f"nothing was heard of rank {which} for {heartbeat.SILENCE_S:.0f} s")
+        more = f"; {advice}" if advice and shard.rank == 0 else ""
+        print(f"sdzoo: {message}{more}", file=sys.stderr, flush=True)
+        os._exit(1)
+
     with lost_processes_named(shard):
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
-        patient = dist.new_group(backend="gloo", timeout=DOWNLOAD_PATIENCE)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE
+        )
+        beating = heartbeat.Heartbeat(shard.rank, shard.world, store, lost)
+        patient = dist.new_group(backend="gloo", timeout=DATA_PATIENCE)
+    beating.start()
+    finished = False
     try:
         yield Processes(shard, chosen, patient)
+        finished = True
     finally:
+        beating.stop(leaves=finished)
         dist.destroy_process_group()
 
 
@@ -130,7 +173,10 @@ def lost_processes_named(shard: Shard) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if shard.world > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text):
-            raise LostProcess(
-                f"rank {shard.rank} of {shard.world}: another process of this run is gone: {text.splitlines()[0]}"
-            ) from error
+            why = "it did not answer in time" if "imed out" in text else "its connection is closed"
+            raise LostProcess(_gone(shard, why)) from error
         raise
+
+
+def _gone(shard: Shard, why: str) -> str:
+    return f"rank {shard.rank} of {shard.world}: another process of this run is gone: {why}"

@@ -1,7 +1,8 @@
-"""What a recipe would cost, from its arithmetic and a few measured steps; nothing is written."""
+"""What a recipe would cost, from its arithmetic and a few measured steps; nothing is written, nor downloaded."""
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import statistics
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.models import get_pretrained_cfg
 
 from sdzoo.macs import count_macs
 from sdzoo.training.distributed import processes
@@ -54,11 +56,12 @@ class Cost:
 
 
 def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = None) -> Cost:
-    """Do a few training steps by ``recipe`` and return what all of it would cost.
+    """Do a few training steps by ``recipe`` and return what all of it would cost; data must be there already.
 
     Raises:
         InputError: as :func:`sdzoo.train`.
     """
+    recipe = _without_downloads(recipe)
     with processes(device) as team:
         run = Run(recipe, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
         trainer, data = run.trainer, run.training_data
@@ -89,6 +92,13 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
             mean_step_s=statistics.mean(seconds),
             memory_mib=_peak_memory_mib(team.device),
         )
+
+
+def _without_downloads(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` without what is fetched: the data set, and weights of timm's Hub, which bring no p_l along."""
+    weights = get_pretrained_cfg(recipe.model)
+    pretrained = recipe.pretrained and (weights is None or not weights.hf_hub_id)
+    return dataclasses.replace(recipe, dataset_download=False, pretrained=pretrained)
 
 
 def _peak_memory_mib(device: torch.device) -> float:

@@ -23,11 +23,12 @@ from sdzoo.errors import InputError
 from sdzoo.extras import require
 from sdzoo.gate import gates
 from sdzoo.images import input_config
-from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_run, save_weights
+from sdzoo.training.checkpoint import describe, load_model, read_run, save_run, save_weights
 from sdzoo.training.data.corrupt import check_few
 from sdzoo.training.data.loader import EvaluationData, TrainingData, open_evaluation_data, open_training_data
+from sdzoo.training.data.streaming import lost_workers_named
 from sdzoo.training.distributed import Processes, Shard, processes
-from sdzoo.training.environment import differences, environment
+from sdzoo.training.environment import deterministic, differences, environment
 from sdzoo.training.evaluate import evaluate
 from sdzoo.training.model import create_model
 from sdzoo.training.profiling import profiler_into, tensorboard_writer
@@ -76,6 +77,7 @@ class Comforts:
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
     tensorboard: bool = False
     profile: bool = False
+    advice: str = ""  # what to do if another process falls silent, for the line that the first one then ends with
 
 
 def train(
@@ -93,7 +95,8 @@ def train(
     ``steps.csv`` (a row an optimizer step), ``recipe.yaml`` and ``result.json``. On SIGINT or SIGTERM the run finishes
     its step, saves itself and raises :class:`Interrupted`; with ``resume`` it goes on from there, to the same weights
     bit for bit on the same machine, versions, threads, processes and workers; where there is no run yet, it says so and
-    starts one. Started by ``torchrun``, it is one process of several: all drop the same blocks, the first one writes.
+    starts one. Started by ``torchrun``, it is one process of several: all drop the same blocks, the first one writes,
+    and what it finds in its ``output`` is what all go on from.
 
     Args:
         recipe: What to train, and how.
@@ -101,20 +104,24 @@ def train(
         output: The run's folder.
         resume: Go on with the run in ``output``.
         device: ``cpu``, ``cuda``, ...; default: cuda if there is one.
-        force: Go on although recipe or data are others than those of the run; it is a new run from there.
+        force: With ``resume``: go on although recipe or data are others than those of the run; a new one from there.
         comforts: How often to checkpoint, and what to show.
 
     Raises:
         InputError: if the recipe does not fit the data, or ``output`` holds a run and ``resume`` was not asked for, or
-            holds the run of another recipe, or is in use.
+            holds the run of another recipe, or is in use; or ``force`` is given without ``resume``.
         Diverged: if the loss is not finite; ``last.pth`` is from before.
-        LostProcess: if another process of the run has died.
+        LostProcess: if another process of the run has died, or one of those that read its data.
     """
+    if force and not resume:
+        raise InputError("--force goes with --resume: it goes on with a run of another recipe or other data")
     if comforts.tensorboard:
         require("tensorboard")
     folder = RunFolder(Path(output))
     with ExitStack() as stack:
-        team = stack.enter_context(processes(device))
+        stack.enter_context(lost_workers_named())
+        team = stack.enter_context(processes(device, comforts.advice))
+        stack.enter_context(deterministic(team.device))
         if team.leads:
             folder.refuse_if_in_use()
             folder.check(resume)
@@ -122,8 +129,9 @@ def train(
         if team.leads:
             stack.enter_context(folder.locked())
             folder.check(resume)
-        if folder.last.exists():
-            run.restore(force)
+        found = team.from_leader(folder.last.read_bytes() if team.leads and folder.last.exists() else None)
+        if found is not None:
+            run.restore(found, force)
         elif resume and team.leads:
             print(f"{output} holds no run to resume: starting anew", flush=True)
         return run.execute()
@@ -162,6 +170,7 @@ class Run:
         self._check_data(model, self.training_data, self.validation_data, self.test_data)
         self.description = describe(model, self.training_data.classes)
         check_description(self.description)
+        team.meet()  # one that reads for long is waited for here; from now on all go in step
         self.trainer = Trainer(recipe, model, self.training_data.steps, team)
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
@@ -247,6 +256,7 @@ class Run:
                 if asked or time.monotonic() - self.saved_at >= self.comforts.checkpoint_interval_s:
                     saved = self._save_within_epoch()
                 if asked:
+                    self.team.meet()  # nobody leaves while the first one may still be writing
                     kept = f"{self.folder.last} goes on" + ("" if saved else " from the start of an epoch")
                     kept = kept if saved or self.folder.last.is_file() else "nothing was saved yet"
                     raise Interrupted(f"stopped in epoch {progress.epoch + 1}, batch {progress.batch}; {kept}")
@@ -372,6 +382,7 @@ class Run:
             "global_step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
             "recipe": recipe,
+            # a record, as the state of lr_scheduler and draw_probs: a resumed run compares recipe, and computes those
             "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
             "data_sha256": self.training_data.fingerprint,
             "validation_data_sha256": self.validation_data.fingerprint,
@@ -381,15 +392,15 @@ class Run:
         }
         save_run(self.folder.last, state)
 
-    def restore(self, force: bool) -> None:
-        """Take up the run in the folder where its checkpoint left it.
+    def restore(self, content: bytes, force: bool) -> None:
+        """Take up the run where its checkpoint, the ``content`` of the first process's last.pth, left it.
 
         Raises:
             InputError: if the checkpoint is damaged, or of another recipe or data, unless ``force``; another model is
                 refused in any case.
         """
         last = self.folder.last
-        weights, rest = read_checkpoint(last)
+        weights, rest = read_run(content, last)
         if "progress" not in rest or "recipe" not in rest:
             raise InputError(f"{last} is no run of sdzoo's: it does not say where it stands")
         try:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdzoo.errors import InputError
-from sdzoo.training.data.loader import EvaluationData, HeldOut, open_split
+from sdzoo.training.data.loader import EvaluationData, open_split
+from sdzoo.training.data.names import in_shards
+from sdzoo.training.data.sources import HeldOut, open_source
 from sdzoo.training.distributed import Processes
 
 
@@ -53,7 +55,7 @@ def evaluate(model: Callable[[Tensor], Tensor], data: EvaluationData, team: Proc
         team: The processes that share the data, whose results are added up.
 
     Raises:
-        InputError: if the data has more classes than the model, or no images.
+        InputError: if the data has another number of classes than the model, or no images.
     """
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
@@ -63,7 +65,7 @@ def evaluate(model: Callable[[Tensor], Tensor], data: EvaluationData, team: Proc
     try:
         for batch, labels in tqdm(data.batches(), desc="evaluating", unit="batch", leave=False, disable=hidden):
             logits = model(batch).float()
-            if len(data.classes) > logits.shape[1]:
+            if len(data.classes) != logits.shape[1]:
                 raise InputError(f"the data has {len(data.classes)} classes, the model {logits.shape[1]}")
             labels = labels.to(logits.device)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -105,17 +107,18 @@ def evaluate_predictor(
 
 
 def recalibration_batches(config: dict[str, Any], split: DataSplit, number: int, seed: int = 0) -> Iterator[Tensor]:
-    """Yield ``number`` images of ``split``, chosen by ``seed``, normalised and not augmented, in batches.
+    """Return ``number`` images of ``split``, chosen by ``seed``, normalised and not augmented, in batches.
 
     Raises:
-        InputError: if there are fewer.
+        InputError: if there are fewer, or the split cannot be drawn from.
     """
-    whole = _open(split, config, None)
-    if number > whole.images:
-        raise InputError(f"--recalibrate-bn {number}: {split} has {whole.images} images")
-    data = whole if number == whole.images else _open(split, config, None, HeldOut(number, seed))
-    for images, _ in data.batches():
-        yield images
+    if in_shards(split.dataset):
+        raise InputError(f"--recalibrate-bn {number}: {split.dataset} is read from end to end, not by image")
+    there = len(open_source(split.dataset, split.data_dir, split.split, config["input_size"][0]))
+    if number > there:
+        raise InputError(f"--recalibrate-bn {number}: {split} has {there} images")
+    data = _open(split, config, None, None if number == there else HeldOut(number, seed))
+    return (images for images, _ in data.batches())
 
 
 def _open(

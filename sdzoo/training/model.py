@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from sdzoo.errors import InputError
 from sdzoo.training.checkpoint import load_state, read_checkpoint
 from sdzoo.training.recipe import Recipe
-from sdzoo.training.recipe_faults import faults_about
 
 
 def create_model(recipe: Recipe) -> nn.Module:
     """Return the model that ``recipe`` names, with its first weights; all but the head is frozen if it says so.
 
+    Args:
+        recipe: One without faults.
+
     Raises:
-        InputError: if there is no such model, it refuses what the recipe says of it, or the checkpoint does not fit.
+        InputError: if the model refuses what the recipe says of it, or the checkpoint does not fit.
     """
     names = ("mean", "std", "interpolation", "crop_pct")
     overlay = {name: getattr(recipe, name) for name in names if getattr(recipe, name)}
@@ -29,10 +31,6 @@ def create_model(recipe: Recipe) -> nn.Module:
         keywords["drop_block_rate"] = recipe.drop_block
     if recipe.input_size is not None:
         overlay["input_size"], keywords["in_chans"] = tuple(recipe.input_size), recipe.input_size[0]
-    if faults := [text for keys, text in faults_about(recipe) if keys in (("model",), ("model_kwargs",))]:
-        raise InputError("; ".join(faults))
-    if twice := sorted(keywords.keys() & recipe.model_kwargs.keys()):
-        raise InputError(f"model_kwargs holds {', '.join(twice)}, which has a key of its own")
     try:
         model = timm.create_model(
             recipe.model,

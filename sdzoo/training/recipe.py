@@ -137,11 +137,6 @@ class Recipe:
         """Return what is wrong with the values, one line each; nothing that hangs on a key in ``unknown``."""
         return [text for keys, text in faults_about(self) if not set(keys) & set(unknown)]
 
-    def check(self) -> None:
-        """Raise InputError with all faults, if there are any."""
-        if faults := self.faults():
-            raise InputError("; ".join(faults))
-
     def to_yaml(self) -> str:
         """Return every key with its value, as YAML that loads back to an equal recipe."""
         return dump_yaml(dataclasses.asdict(self))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,11 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from sdzoo.description import ARCHITECTURE
 from sdzoo.errors import InputError, nearest
+from sdzoo.gate import MODES
 from sdzoo.images import INTERPOLATIONS
 from sdzoo.registry import check_name
+from sdzoo.schedule import SCHEDULES, is_probability
+from sdzoo.training.data.names import IN_TWO, in_shards, is_known, known_datasets, same_split
 from sdzoo.training.timm_keys import TIMM_KEYS
 
 if TYPE_CHECKING:
@@ -68,10 +71,12 @@ MODEL_KWARGS = (
     *("drop_block_rate", "in_chans", "mode", "pretrained_cfg", "schedule", "survival_probs", "zero_init_last"),
 )
 _OWN_KEYS = {"num_classes": "num_classes", "drop_rate": "drop", "drop_path_rate": "drop_path"}
+# Not among them: those that timm's defaults set, which a recipe that does not augment need not undo.
+_AUGMENTATION = (
+    *("train_crop_mode", "aa", "reprob", "vflip"),
+    *("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"),
+)
 _LENGTHS = {"input_size": 3, "scale": 2, "ratio": 2, "cutmix_minmax": 2}
-# Of these timm reads every split but train as the test set: there is none for validation.
-_WITHOUT_VALIDATION = ("torch/cifar10", "torch/cifar100", "torch/svhn")
-_DATASETS = (*_WITHOUT_VALIDATION, "torch/imagenet")
 
 
 def faults_about(recipe: Recipe) -> Faults:
@@ -124,6 +129,11 @@ def _model(recipe: Recipe) -> Faults:
     for key in sorted(map(str, recipe.model_kwargs.keys() - MODEL_KWARGS)):
         has_its_own = f"; give it as {_OWN_KEYS[key]}" if key in _OWN_KEYS else nearest(key, MODEL_KWARGS)
         yield ("model_kwargs",), f"model_kwargs.{key}: unknown key{has_its_own}"
+    for text in _survival_settings(recipe.model_kwargs):
+        yield ("model_kwargs",), text
+    for own, key in (("input_size", "in_chans"), ("drop_block", "drop_block_rate")):
+        if _value(recipe, own) is not None and key in recipe.model_kwargs:
+            yield (own, "model_kwargs"), f"model_kwargs.{key} is given, and {own} too; give it once, as {own}"
     if recipe.initial_checkpoint and not recipe.pretrained and not Path(recipe.initial_checkpoint).is_file():
         yield ("initial_checkpoint",), f"initial_checkpoint {recipe.initial_checkpoint} does not exist"
     if other := [module for module in recipe.device_modules or () if module != "sdzoo"]:
@@ -136,14 +146,33 @@ def _model(recipe: Recipe) -> Faults:
         yield ("epochs", "sdzoo.survival_warmup_epochs"), text
 
 
+def _survival_settings(model_kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """Say what no model takes; whether there is a probability for each of its blocks, the model will say."""
+    schedule, mode = model_kwargs.get("schedule"), model_kwargs.get("mode", MODES[0])
+    if isinstance(schedule, str) and schedule not in SCHEDULES:
+        known = f"{', '.join(SCHEDULES)}{nearest(schedule, SCHEDULES)}"
+        yield f'model_kwargs.schedule is "{schedule}"; known: {known}'
+    elif schedule is not None and not isinstance(schedule, (str, list)):
+        yield f"model_kwargs.schedule is {schedule!r}; it must be a name or a list of numbers"
+    for key, probs in (("schedule", schedule), ("survival_probs", model_kwargs.get("survival_probs"))):
+        if isinstance(probs, list):
+            wrong = [index for index, prob in enumerate(probs) if not is_probability(prob)]
+            if wrong:
+                more = f" ({len(wrong)} are wrong)" if len(wrong) > 1 else ""
+                yield f"model_kwargs.{key}[{wrong[0]}] is {probs[wrong[0]]!r}; each must lie in (0, 1]{more}"
+        elif key == "survival_probs" and probs is not None:
+            yield f"model_kwargs.survival_probs is {probs!r}; it must be a list of numbers"
+    if mode not in MODES:
+        yield f"model_kwargs.mode is {mode!r}; it must be {' or '.join(MODES)}"
+
+
 def _data(recipe: Recipe) -> Faults:
     dataset, train, val = recipe.dataset, recipe.train_split, recipe.val_split
     held_out, test = recipe.sdzoo.held_out, recipe.sdzoo.test_split
-    shards, in_two = dataset.startswith("wds/"), dataset in _WITHOUT_VALIDATION
+    shards, in_two = in_shards(dataset), dataset in IN_TWO
     about = ("dataset", "train_split", "val_split", "sdzoo.held_out", "sdzoo.test_split")
-    if dataset and dataset not in _DATASETS and not shards:
-        known = ", ".join(['"" (a folder of class folders)', *_DATASETS, "wds/..."])
-        yield ("dataset",), f'dataset is "{dataset}"; implemented here: {known}'
+    if not is_known(dataset):
+        yield ("dataset",), f'dataset is "{dataset}"; implemented here: {known_datasets()}'
     if not shards and (other := sorted(name for name in {train, val, test} if name and PurePath(name).name != name)):
         yield about, f"splits are names, not paths: {', '.join(other)}"
     elif in_two and train != "train":
@@ -153,7 +182,7 @@ def _data(recipe: Recipe) -> Faults:
     elif _names_a_test_set(val) or (in_two and val != train):
         instead = "" if shards else "; hold images out of training: val_split as train_split, sdzoo.held_out above 0"
         yield about, f'val_split is "{val}", the test set, which is never used for selection{instead}'
-    elif _same_split(val, train) and not held_out:
+    elif same_split(val, train) and not held_out:
         yield about, f'val_split is "{val}", which is trained on; name another, or set sdzoo.held_out'
     elif val != train and held_out > 0:
         yield about, f'sdzoo.held_out is {held_out} of "{train}", but val_split is "{val}"; it must be "{train}" too'
@@ -161,18 +190,13 @@ def _data(recipe: Recipe) -> Faults:
         yield about, f"sdzoo.held_out is {held_out}; {dataset} cannot be split by image"
     if in_two and test not in ("", "test"):
         yield about, f'sdzoo.test_split is "{test}"; {dataset} has train and test'
-    elif test and (_same_split(test, train) or _same_split(test, val)):
+    elif test and (same_split(test, train) or same_split(test, val)):
         yield about, f'sdzoo.test_split is "{test}", which is trained on or chosen by'
     for key in ("train_num_samples", "val_num_samples"):
         if _value(recipe, key) is not None and not shards:
             yield ("dataset", key), f"{key} is for shards (dataset: wds/...), which do not say how many they hold"
     if recipe.dataset_download and not in_two:
-        yield ("dataset", "dataset_download"), f"dataset_download is for {', '.join(_WITHOUT_VALIDATION)}"
-
-
-def _same_split(one: str, other: str) -> bool:
-    names = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})  # alike to timm
-    return one == other or any({one, other} <= alike for alike in names)
+        yield ("dataset", "dataset_download"), f"dataset_download is for {', '.join(IN_TWO)}"
 
 
 def _names_a_test_set(split: str) -> bool:
@@ -215,7 +239,7 @@ def _augmentation(recipe: Recipe) -> Faults:
             reason = " ".join(str(error).split()) or type(error).__name__
             yield ("aa",), f'aa is "{recipe.aa}", which timm cannot read: {reason}'
     if recipe.no_aug:
-        for key in ("aa", "reprob", "vflip", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"):
+        for key in _AUGMENTATION:
             if _value(recipe, key) != TIMM_KEYS[key]:
                 yield ("no_aug", key), f"{key} is set, but so is no_aug: it would never act"
     if recipe.mixes and recipe.batch_size % 2:

@@ -35,6 +35,7 @@ from sdzoo.training.optimisation import (
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.streams import stream, stream_seed
 
+BATCHNORM = ("running_mean", "running_var", "num_batches_tracked")
 SKIPPED_IN_A_ROW = 100  # the loss scale halves each time: by then it is 2**-84 and no step will ever be taken again
 
 
@@ -55,6 +56,29 @@ class Step:
     lr: float
     first_conv_gradient: float
     stop: bool = False
+
+
+class _Statistics:
+    """BatchNorm's running statistics, put back where a step is skipped: its forward may have made them NaN."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [buffer for name, buffer in model.named_buffers() if name.rsplit(".")[-1] in BATCHNORM]
+        floats, counters = (
+            [buffer for buffer in found if buffer.is_floating_point() == floating] for floating in (True, False)
+        )
+        self.now = [group for group in (floats, counters) if group]
+        self.kept = [[torch.empty_like(buffer) for buffer in group] for group in self.now]
+
+    def keep(self) -> None:
+        self._copy(self.now, self.kept)
+
+    def put_back(self) -> None:
+        self._copy(self.kept, self.now)
+
+    @torch.no_grad()
+    def _copy(self, source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
+        for there, here in zip(target, source, strict=True):
+            torch._foreach_copy_(there, here)  # a kernel or two, not hundreds
 
 
 class Trainer:
@@ -79,6 +103,7 @@ class Trainer:
         self.optimizer = create_optimizer(recipe, model)
         self.scheduler, self.epochs = create_scheduler(recipe, self.optimizer, steps)
         self.scaler = create_scaler(recipe, team.device)
+        self.statistics = _Statistics(model) if self.scaler.is_enabled() else None
         self.skipped_in_a_row = 0
         self.task = ClassificationTask(
             self.model,
@@ -126,6 +151,8 @@ class Trainer:
         recipe, shard = self.recipe, self.team.shard
         self._set_learning_rate(number)
         self.optimizer.zero_grad()
+        if self.statistics is not None:
+            self.statistics.keep()
         loss = 0.0
         with self._gates(number) as live_blocks, lost_processes_named(shard):
             for micro in range(recipe.grad_accum_steps):
@@ -153,7 +180,10 @@ class Trainer:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._count_skipped(self.scaler.get_scale() < scale, loss, number)
+        skipped = self.scaler.get_scale() < scale
+        if skipped and self.statistics is not None:
+            self.statistics.put_back()
+        self._count_skipped(skipped, loss, number)
         self.task.update_ema(step=number + 1)
         return Step(loss, live_blocks, self.optimizer.param_groups[0]["lr"], magnitude, stop_asked > 0)
 
@@ -192,7 +222,10 @@ class Trainer:
             raise Diverged(f"{what} at step {number + 1}, the {SKIPPED_IN_A_ROW}th in a row that is skipped")
 
     def state(self) -> dict[str, Any]:
-        """Return all that a run needs to go on, under the names that timm gives it."""
+        """Return all that a run needs to go on, under the names that timm gives it.
+
+        ``lr_scheduler`` and ``draw_probs`` are records: both follow from the recipe and the number of the step.
+        """
         ema = {} if self.ema is None else {"state_dict_ema": self.ema.state_dict()}
         return {
             "state_dict": self.model.state_dict(),

@@ -11,20 +11,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import timm
 import torch
 from nets import calibrate, calibrated, close, evaluate, linear_decay_by_hand, random_images
-from PIL import Image
 from torch import Tensor, nn
 
 import sdzoo
-from sdzoo.assets import pictures
 from sdzoo.deploy import onnx_export as export_module
 from sdzoo.deploy import onnx_graph as graph_module
-from sdzoo.deploy.onnx_export import export_onnx, labels_of, verification_batches
+from sdzoo.deploy.onnx_export import export_onnx, labels_of
+from sdzoo.deploy.verification import default_images, normalised
 from sdzoo.digest import state_sha256
 from sdzoo.errors import InputError, ParityError
 from sdzoo.images import input_config
@@ -163,11 +161,12 @@ def test_metadata_hold_the_versions(exported: Path) -> None:
 
 def test_metadata_hold_the_result_of_the_comparison(model: nn.Module, exported: Path) -> None:
     parity = metadata_of(exported)["parity"]
-    assert parity["batch_sizes"] == [1, 2, 17]
-    assert (parity["images"], parity["tol"]) == (20, 1e-4)
-    assert parity["inputs"] == "real pictures"
+    assert parity["batch_sizes"] == [1, 2, 17, 64]
+    assert (parity["images"], parity["tol"]) == (84, 1e-4)
+    assert parity["inputs"] == "10 real pictures, 8 ways each"
     assert parity["runtime"] == "onnxruntime, CPUExecutionProvider"
-    batches, _ = verification_batches(input_config(model))
+    config = input_config(model)
+    batches = [normalised(batch, config) for batch in default_images(config).batches()]
     diffs = [(evaluate(model, batch) - onnx_outputs(exported, batch)).abs().max().item() for batch in batches]
     sizes = [evaluate(model, batch).abs().max().item() for batch in batches]
     assert 0 < parity["max_abs_diff"] <= parity["allowed"]
@@ -224,39 +223,6 @@ def test_labels_are_left_out_where_they_are_not_the_models() -> None:
     assert labels_of(timm.create_model("sd_resnet32")) is None
 
 
-# What it is verified on
-
-
-def test_verification_uses_each_bundled_picture_and_its_mirror_image(model: nn.Module) -> None:
-    batches, origin = verification_batches(input_config(model))
-    assert origin == "real pictures"
-    assert [len(batch) for batch in batches] == [1, 2, 17]
-    mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
-    arrays = [np.asarray(Image.open(file)) for file in pictures().values()]  # 32 pixels: nothing to resize
-    expected = [(pixels / 255 - mean) / std for array in arrays for pixels in (array, array[:, ::-1])]
-    got = torch.cat(batches).permute(0, 2, 3, 1).numpy()
-    assert len(got) == 20
-    for image in expected:
-        assert np.abs(got - image).max((1, 2, 3)).min() < 1e-5
-    assert len(np.unique(got.reshape(20, -1), axis=0)) == 20
-
-
-@pytest.mark.parametrize("batch_sizes", [(1, 2, 17), (64,)])
-@pytest.mark.parametrize("in_chans", [3, 4])
-def test_verification_falls_back_to_seeded_noise(in_chans: int, batch_sizes: tuple[int, ...]) -> None:
-    config = input_config(timm.create_model("sd_resnet20", in_chans=in_chans))
-    first, origin = verification_batches(config, batch_sizes)
-    if in_chans == 3 and sum(batch_sizes) <= 20:
-        assert origin == "real pictures"
-        return
-    assert origin == "seeded noise"
-    assert [tuple(batch.shape) for batch in first] == [(size, in_chans, 32, 32) for size in batch_sizes]
-    torch.manual_seed(123)
-    for one, two in zip(first, verification_batches(config, batch_sizes)[0], strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=0)
-    assert torch.cat(first).std().item() == pytest.approx(1, abs=0.05)
-
-
 # Kinds of model
 
 
@@ -294,16 +260,15 @@ def test_models_of_other_shapes(
     assert metadata["input_size"] == [channels, height, width]
     assert metadata["labels"] == (LABELS if shape == (10,) else None)
     assert len(metadata["mean"]) == len(metadata["std"]) == channels
-    assert metadata["parity"]["inputs"] == ("real pictures" if channels == 3 else "seeded noise")
+    assert metadata["parity"]["inputs"] == ("10 real pictures, 8 ways each" if channels == 3 else "seeded noise")
 
 
 @pytest.mark.slow
 def test_1202_layers(tmp_path: Path) -> None:
-    model = calibrated(
-        "sd_resnet1202", images=verification_batches(input_config(timm.create_model("sd_resnet20")))[0][2]
-    )
+    config = input_config(timm.create_model("sd_resnet20"))
+    model = calibrated("sd_resnet1202", images=normalised(default_images(config).read(range(3, 20)), config))
     parity = export_onnx(model, tmp_path / "model.onnx")
-    assert parity.images == 20
+    assert parity.images == 84
     images = random_images(3)
     close(evaluate(model, images), onnx_outputs(tmp_path / "model.onnx", images), 1e-4)
     assert sum(node.op_type == "Conv" for node in onnx.load(tmp_path / "model.onnx").graph.node) == 1201
@@ -358,8 +323,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[onnx.ModelPro
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (perturb_a_weight, r"not exported, real pictures: batch of 1: image 0, output \[3\].*by 0\.5, allowed 0\.00"),
-        (drop_a_relu, r"not exported, real pictures: batch of 1: .* differs by .*, allowed "),
+        (
+            perturb_a_weight,
+            r"^not exported, 10 real pictures, .*: batch of 1: image 0 \(airplane.jpg\), output \[3\].*by 0\.5,",
+        ),
+        (drop_a_relu, r"not exported, 10 real pictures, 8 ways each: batch of 1: .* differs by .*, allowed "),
         (lower_the_opset, "asked for opset 18, got 17"),
     ],
 )

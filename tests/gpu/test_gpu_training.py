@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from nets import Net, calibrated, random_images
 
 import sdzoo
+from sdzoo.training.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -35,8 +38,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BITS = [index % 3 > 0 for index in range(27)]
 
 
-def column(run: Path, name: str) -> list[float]:
-    with open(run / "steps.csv", newline="") as file:
+def column(run: Path, name: str, log: str = "steps.csv") -> list[float]:
+    with open(run / log, newline="") as file:
         return [float(row[name]) for row in csv.DictReader(file)]
 
 
@@ -89,6 +92,26 @@ def test_memory_falls_with_the_live_blocks(record_property: Record) -> None:
     record_property("peak_memory_ratio_mean", round(statistics.mean(shares), 3))
     record_property("peak_memory_ratio_max", round(max(shares), 3))
     assert statistics.mean(shares) < 0.95
+
+
+@pytest.mark.parametrize("keys", [{}, {"amp": True, "amp_dtype": "float16"}], ids=["float32", "float16"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(keys: dict[str, Any], train: Train, tmp_path: Path) -> None:
+    """On the GPU too: asked to stop within its second epoch, and resumed."""
+    whole, cut = train("whole", steps=30, epochs=3, drop=0.2, **keys), tmp_path / "cut"
+    given = [tmp_path / "whole.yaml", "--data-dir", tmp_path / "data of 30 steps", "-o", cut, "--device", "cuda"]
+    command = [sys.executable, "-m", "sdzoo", "train", *map(str, given)]
+    environment = os.environ | {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}  # as the whole one's
+    first = subprocess.Popen(command, env=environment)
+    while first.poll() is None and not ((cut / "log.csv").is_file() and column(cut, "step", "log.csv")):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=300) == 130
+    assert 30 <= len(column(cut, "step")) < 90
+    subprocess.run([*command, "--resume"], env=environment, check=True, timeout=300)
+    assert (cut / "steps.csv").read_bytes() == (whole / "steps.csv").read_bytes()
+    (state, _), (expected, _) = (read_checkpoint(run / "last.pth") for run in (cut, whole))
+    assert state.keys() == expected.keys()
+    assert not [name for name in state if not torch.equal(state[name], expected[name])]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

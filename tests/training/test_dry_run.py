@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,54 @@ def test_cost_against_constant_depth_counts_each_branch_by_its_probability(
     cost = dry_run(recipe, image_folder, "cpu")
     assert len(found) == 20
     assert cost.relative_macs == pytest.approx(training / sum(found.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0.5, 2.0])
+def test_cost_counts_the_survival_warm_up(image_folder: Path, make_recipe: MakeRecipe, warmup: float) -> None:
+    """By the sum over ten thousand moments of the run: p falls from 1 to the recipe's in a straight line."""
+    recipe = make_recipe(drop_path=0.5, epochs=3, sdzoo=SdzooSettings(survival_warmup_epochs=warmup))
+    found = macs(create_model(recipe))
+    moments = [3 * (number + 0.5) / 10_000 for number in range(10_000)]
+    begun = sum(min(1.0, moment / warmup) for moment in moments) / len(moments)  # the mean of (1 - p) / (1 - p_l)
+    training = 0.0
+    for name, count in found.items():
+        block = 3 * (int(name[5]) - 1) + int(name[7]) + 1 if name.startswith("layer") else None
+        training += count * (1 - block / 9 * 0.5 * begun if block else 1)
+    cost = dry_run(recipe, image_folder, "cpu")
+    assert cost.relative_macs == pytest.approx(training / sum(found.values()), rel=1e-6)
+
+
+def test_nothing_is_downloaded_and_no_folder_made(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run downloads")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
+    recipe = make_recipe(
+        dataset="torch/cifar10",
+        dataset_download=True,
+        val_split="train",
+        num_classes=10,
+        sdzoo=SdzooSettings(held_out=5),
+    )
+    with pytest.raises(InputError, match=r"torch/cifar10 cannot be read in .*a dry run does not; or get it from http"):
+        dry_run(recipe, tmp_path / "data", "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_timms_hub_are_not_fetched(
+    image_folder: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("a dry run downloads")
+
+    name = "sd_resnet18.a1_in1k"
+    assert name in timm.list_pretrained()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
+    recipe = make_recipe(model=name, pretrained=True, drop_path=None)
+    assert dry_run(recipe, image_folder, "cpu").blocks == 8
+    assert dry_run(make_recipe(model=name, drop_path=None), image_folder, "cpu").blocks == 8
 
 
 def test_steps_images_and_time(image_folder: Path, make_recipe: MakeRecipe) -> None:

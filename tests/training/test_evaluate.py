@@ -77,10 +77,10 @@ def test_figures_whatever_the_batch_size(batch_size: int, classes: int) -> None:
     assert 0 < truth["top1"] < 100, "the figures must be able to differ"
 
 
-def test_model_with_more_classes_than_the_data() -> None:
-    data = image_set(23, 4)
-    result = evaluate(classifier(9), data.in_batches(10))
-    assert result.top5_percent == pytest.approx(expected(classifier(9), data)["top5"], abs=1e-9)
+@pytest.mark.parametrize(("classes", "there"), [(9, 4), (4, 9)])
+def test_data_of_another_number_of_classes_is_refused_whatever_the_names(classes: int, there: int) -> None:
+    with pytest.raises(InputError, match=f"the data has {there} classes, the model {classes}"):
+        evaluate(classifier(classes), image_set(23, there).in_batches(10))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -183,8 +183,12 @@ def test_images_for_batchnorm_are_drawn_from_all_classes(image_folder: Path) -> 
     assert set(brightest_channel(drawn.numpy()).argmax(axis=1)) == {0, 1, 2}
     again = torch.cat(list(recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 40)))
     assert torch.equal(drawn, again)
-    with pytest.raises(InputError, match="train has 66 images"):
-        next(recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 67))
+    whole = torch.cat(list(recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 66)))
+    assert len(whole) == 66
+    with pytest.raises(InputError, match=r"--recalibrate-bn 67: .*train has 66 images"):
+        recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 67)  # said before a batch is asked for
+    with pytest.raises(InputError, match="wds/x is read from end to end"):
+        recalibration_batches(CONFIG, DataSplit(image_folder, "train", "wds/x"), 6)
 
 
 def test_parts_of_several_processes_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

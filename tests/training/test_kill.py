@@ -18,6 +18,7 @@ from runs import FILES, assert_same_run
 
 from sdzoo.training.checkpoint import read_checkpoint
 from sdzoo.training.recipe import Recipe, SdzooSettings
+from sdzoo.training.run_folder import RunFolder
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -208,6 +209,57 @@ def test_killed_before_and_after_a_file_gets_its_name(
     assert_whole(output)
     assert server.run(arguments(undisturbed.recipe, data, output, "--resume")) == 0, server.log.read_text()[-2000:]
     assert_same_run(output, undisturbed.output)
+
+
+@pytest.fixture
+def with_workers(image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe) -> Iterator[subprocess.Popen[str]]:
+    """A run in ``tmp_path / "run"`` that two processes read pictures for; it has saved itself once."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe(epochs=1000, train_crop_mode=None, aa="rand-m5", workers=2).to_yaml())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdzoo", *arguments(recipe, image_folder, tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (tmp_path / "run" / "last.pth").exists() and process.poll() is None:
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find a run's workers")
+
+
+@needs_proc
+def test_the_lock_ends_with_the_run_though_its_workers_live_on(
+    with_workers: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """They look every 5 s whether the run is still there."""
+    workers = children(with_workers)
+    assert len(workers) == 2
+    with_workers.kill()
+    with_workers.wait()
+    with RunFolder(tmp_path / "run").locked():
+        assert any(Path(f"/proc/{worker}").exists() for worker in workers), "else this showed nothing"
+
+
+@needs_proc
+def test_a_killed_worker_ends_the_run_with_one_line(with_workers: subprocess.Popen[str], tmp_path: Path) -> None:
+    os.kill(children(with_workers)[0], signal.SIGKILL)
+    _, errors = with_workers.communicate(timeout=60)
+    assert with_workers.returncode == 1
+    [line] = errors.splitlines()
+    assert line.startswith("sdzoo: a process that reads the data was killed, as happens where memory runs out")
+    assert line.endswith("--resume")
+    assert f"next: sdzoo train {tmp_path / 'recipe.yaml'}" in line
+    assert_whole(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -133,12 +133,7 @@ def test_head_is_initialised_as_asked(images: Tensor) -> None:
 @pytest.mark.parametrize(
     ("values", "fault"),
     [
-        (
-            {"model_kwargs": {"num_classes": 3}, "num_classes": 3},
-            "model_kwargs.num_classes: unknown key; give it as num_classes",
-        ),
-        ({"model_kwargs": {"in_chans": 3}, "input_size": [3, 32, 32]}, "model_kwargs holds in_chans"),
-        ({"model": "sd_resnet21"}, "nearest: sd_resnet"),
+        ({"model_kwargs": {"survival_probs": [0.5] * 8}}, "has 8 entries; the model has 9 blocks"),
         ({"drop_block": 0.1}, "drop_block_rate"),
         ({"mean": [0.5]}, "mean has 1 numbers, the model 3 channels"),
         ({"num_classes": 0, "head_init_scale": 0.1}, "the model has no classifier"),

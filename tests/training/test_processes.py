@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import assert_same_run, named_seed
 
 from sdzoo.training.checkpoint import read_checkpoint
 
@@ -30,7 +31,7 @@ workers: 0
 lr: 0.05
 warmup_epochs: 0
 no_aug: {no_aug}
-train_crop_mode: pad4
+train_crop_mode: {crop}
 color_jitter: 0.0
 smoothing: 0.0
 interpolation: bilinear
@@ -73,14 +74,76 @@ with processes("cpu") as team:
         torch.save({"gradients": gradients, "steps": steps}, out)
 """
 
+TOGETHER = """
+import json, sys, torch
+from pathlib import Path
+from sdzoo.digest import state_sha256
+from sdzoo.training.distributed import processes
+from sdzoo.training.engine import Run
+from sdzoo.training.recipe_file import load_recipe
+from sdzoo.training.run_folder import RunFolder
+
+recipe, data = sys.argv[1:]
+with processes("cpu") as team:
+    run = Run(load_recipe(recipe), Path(data), RunFolder(Path("unused")), team)
+    trainer, rank, seeds = run.trainer, team.shard.rank, []
+    trainer.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    trainer.enter_epoch()
+    batches = run.training_data.epoch(0)
+    for number in range(2):
+        trainer.step(number, batches)
+    apart = {name: state_sha256(model.state_dict()) for name, model in (("model", trainer.model), ("ema", trainer.ema))}
+    trainer.leave_epoch()
+    after = {name: state_sha256(model.state_dict()) for name, model in (("model", trainer.model), ("ema", trainer.ema))}
+    found = {
+        "seeds": seeds,
+        "apart": apart,
+        "after": after,
+        "union": team.union({f"{rank}.jpg": f"seen by {rank}"}),
+        "content": len(team.from_leader(bytes(range(256)) * 9000 if team.leads else b"stale")),
+        "empty": len(team.from_leader(b"" if team.leads else b"stale")),
+        "nothing": team.from_leader(None if team.leads else b"stale"),
+    }
+    print(json.dumps(found))
+"""
+
+# One rank reads data for longer than ranks wait for each other in training.
+SLOW = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from sdzoo.training import distributed, engine, heartbeat
+from sdzoo.training.recipe_file import load_recipe
+
+recipe, data, output, rank, seconds = sys.argv[1:]
+distributed.PATIENCE = timedelta(seconds=8)
+heartbeat.BEAT_S, heartbeat.SILENCE_S = 0.5, 6.0
+original = engine.open_training_data
+
+def slow(recipe, data_dir, config, shard, device):
+    if shard.rank == int(rank):
+        print("reading", flush=True)
+        time.sleep(float(seconds))
+    return original(recipe, data_dir, config, shard, device)
+
+engine.open_training_data = slow
+advice = engine.Comforts(advice="next: go on")
+engine.train(load_recipe(recipe), Path(data), Path(output), device="cpu", comforts=advice)
+"""
+
 
 def write_recipe(path: Path, batch_size: int, epochs: int = 2, no_aug: bool = False, more: str = "") -> Path:
-    path.write_text(RECIPE.format(batch_size=batch_size, epochs=epochs, no_aug=str(no_aug).lower(), more=more))
+    crop = "null" if no_aug else "pad4"
+    path.write_text(
+        RECIPE.format(batch_size=batch_size, epochs=epochs, no_aug=str(no_aug).lower(), crop=crop, more=more)
+    )
     return path
 
 
-def start(world: int, arguments: Sequence[str | Path]) -> list[subprocess.Popen[str]]:
-    """Start ``world`` processes as torchrun does, but let none of them end another."""
+def start(
+    world: int, arguments: Sequence[str | Path], folders: Sequence[Path] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start ``world`` processes as torchrun does, each in its folder, but let none of them end another."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -92,6 +155,7 @@ def start(world: int, arguments: Sequence[str | Path]) -> list[subprocess.Popen[
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=folders[rank] if folders else None,
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world)
@@ -157,6 +221,99 @@ def test_two_ranks_interrupted_and_resumed_are_the_undisturbed_two_to_the_bit(
     assert (tmp_path / "cut" / "steps.csv").read_text() == (tmp_path / "whole" / "steps.csv").read_text()
 
 
+def test_machines_with_disks_of_their_own_go_on_from_the_first_ones_checkpoint(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    """Killed and resumed, the output folder is relative, and what lies on the second machine's disk plays no role."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", 8, epochs=3, more="model_ema: true\ndrop: 0.2")
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        machine.mkdir()
+
+    def running(output: str, *more: str) -> list[subprocess.Popen[str]]:
+        arguments = ["-m", "sdzoo", "train", recipe, "--data-dir", image_folder, "-o", output, "--device", "cpu"]
+        return start(2, [*arguments, "--checkpoint-interval-s", "0", *more], machines)
+
+    for code, _, errors in finish(running("whole")):
+        assert code == 0, errors
+    assert not (machines[1] / "whole").exists()
+    cut = running("cut")
+    saved = machines[0] / "cut" / "last.pth"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not saved.is_file():
+        time.sleep(0.01)
+    for process in cut:
+        process.kill()
+    finish(cut)
+    assert 0 < read_checkpoint(saved)[1]["global_step"] < 12
+    (machines[1] / "cut").mkdir()
+    (machines[1] / "cut" / "last.pth").write_bytes(b"stale")
+    for code, _, errors in finish(running("cut", "--resume")):
+        assert code == 0, errors
+    assert_same_run(machines[0] / "cut", machines[0] / "whole")
+    assert [path.name for path in (machines[1] / "cut").iterdir()] == ["last.pth"]
+
+
+def test_ranks_draw_dropout_of_their_own_and_end_an_epoch_as_one(image_folder: Path, tmp_path: Path) -> None:
+    """Before an epoch ends statistics of BatchNorm are each rank's own; what is validated is the same on all."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", 8, more="model_ema: true\ndrop: 0.2\nseed: 5\ndist_bn: broadcast")
+    said = finish(start(2, ["-c", TOGETHER, recipe, image_folder]))
+    assert [code for code, _, _ in said] == [0, 0], said
+    first, second = (json.loads(out) for _, out, _ in said)
+    for rank, found in enumerate((first, second)):
+        assert found["seeds"] == [named_seed(5, "dropout", step, rank, 0) for step in (0, 1)]
+        assert found["union"] == {"0.jpg": "seen by 0", "1.jpg": "seen by 1"}
+        assert (found["content"], found["empty"], found["nothing"]) == (256 * 9000, 0, None)
+    assert first["apart"]["ema"] != second["apart"]["ema"]
+    assert first["after"] == second["after"]
+    assert first["after"]["ema"] == first["apart"]["ema"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_reads_for_long_is_waited_for(image_folder: Path, tmp_path: Path, rank: int) -> None:
+    """20 s, of ranks that wait 8 s for each other in training and call 6 s of silence death."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", batch_size=33, epochs=1)
+    running = start(2, ["-c", SLOW, recipe, image_folder, tmp_path / "run", str(rank), "20"])
+    for code, _, errors in finish(running):
+        assert code == 0, errors
+
+
+def test_a_rank_that_reads_hears_that_another_has_died(image_folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", batch_size=33, epochs=1)
+    running = start(2, ["-c", SLOW, recipe, image_folder, tmp_path / "run", "0", "600"])
+    assert running[0].stdout and running[0].stdout.readline() == "reading\n"
+    running[1].kill()
+    killed = time.monotonic()
+    code, _, errors = finish(running, seconds=60)[0]
+    assert time.monotonic() - killed < 30
+    assert code == 1
+    expected = "rank 0 of 2: another process of this run is gone: nothing was heard of rank 1 for 6 s; next: go on"
+    assert errors == f"sdzoo: {expected}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_rank_is_stopped_the_other_leaves_within_a_minute(image_folder: Path, tmp_path: Path, rank: int) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", batch_size=8, epochs=1000)
+    arguments = ["-m", "sdzoo", "train", recipe, "--data-dir", image_folder, "-o", tmp_path / "run", "--device", "cpu"]
+    running = start(2, arguments)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "run" / "last.pth").is_file():
+        time.sleep(0.05)
+    running[rank].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        assert running[1 - rank].wait(timeout=60) == 1
+        assert time.monotonic() - stopped < 55
+    finally:
+        running[rank].kill()
+    code, _, errors = finish(running)[1 - rank]
+    assert code == 1
+    assert f"nothing was heard of rank {rank} for 40 s" in errors
+    assert errors.rstrip().endswith("--resume" if rank == 1 else "for 40 s")
+    assert "Traceback" not in errors
+
+
 @pytest.mark.slow
 def test_validation_of_several_ranks_is_that_of_one(image_folder: Path, tmp_path: Path) -> None:
     """12 images over 5 ranks: each counts once."""
@@ -184,7 +341,8 @@ def test_when_a_rank_dies_the_others_leave_and_the_first_says_how_to_go_on(image
     code, _, errors = finish(running, seconds=60)[0]
     assert time.monotonic() - killed < 60
     assert code == 1
-    assert "another process of this run is gone" in errors
+    assert "another process of this run is gone: its connection is closed; next: " in errors
+    assert "gloo" not in errors and "GLHF" not in errors
     assert f"torchrun --nproc-per-node=2 -m sdzoo train {recipe}" in errors
     assert errors.rstrip().endswith("--resume")
     assert "Traceback" not in errors

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from timm.data import create_transform
 from timm.optim import list_optimizers
 
 from sdzoo.errors import InputError
@@ -344,13 +345,60 @@ def test_data_that_is_refused(values: dict[str, Any], fault: str) -> None:
     assert refused(**values).startswith(fault)
 
 
-def test_check_raises_what_faults_finds() -> None:
-    recipe_from(MINIMAL).check()
+def test_faults_of_a_recipe_made_in_python() -> None:
     bad = Recipe("sd_resnet20", 9, -1.0, hflip=2.0)
-    with pytest.raises(InputError, match=r"^lr is .*; hflip is "):
-        bad.check()
     assert len(bad.faults()) == 2
     assert bad.faults(unknown=["lr"]) == ["hflip is 2.0; it must be in [0, 1]"]
+
+
+def test_values_inside_model_kwargs_are_judged_with_the_others() -> None:
+    message = refused(
+        smoothing=3.0, model_kwargs={"schedule": "lineer", "survival_probs": [0.5, 2.0, 0], "mode": "image", "depth": 3}
+    )
+    faults = (
+        "smoothing is 3.0; it must be in [0, 1)",
+        "model_kwargs.depth: unknown key",
+        'model_kwargs.schedule is "lineer"; known: linear_decay, linear, uniform, constant_depth, stagewise; nearest: '
+        "linear",
+        "model_kwargs.survival_probs[1] is 2.0; each must lie in (0, 1] (2 are wrong)",
+        "model_kwargs.mode is 'image'; it must be batch or sample",
+    )
+    assert sorted(message.split("; ")) == sorted("; ".join(faults).split("; "))
+    assert "model_kwargs.schedule is 3; it must be a name" in refused(model_kwargs={"schedule": 3})
+    assert "model_kwargs.survival_probs is 'all'; it must be a list" in refused(model_kwargs={"survival_probs": "all"})
+
+
+@pytest.mark.parametrize(
+    "model_kwargs",
+    [
+        *({"schedule": name} for name in ("linear_decay", "linear", "uniform", "constant_depth")),
+        {"schedule": "stagewise", "survival_probs": [1, 0.8, 0.6]},
+        {"schedule": [0.5] * 9, "mode": "sample"},
+        {"survival_probs": [0.5] * 9},
+    ],
+)
+def test_survival_settings_that_models_take(model_kwargs: dict[str, Any]) -> None:
+    assert recipe_from(MINIMAL | {"model_kwargs": model_kwargs}).model_kwargs == model_kwargs
+
+
+@pytest.mark.parametrize("mode", ["pad4", "rrc"])
+def test_a_crop_without_augmentation_is_refused_as_timm_would_ignore_it(mode: str) -> None:
+    """timm's transforms look at train_crop_mode only if they augment; so no recipe with pad4 runs there."""
+    said = "train_crop_mode is set, but so is no_aug: it would never act"
+    assert refused(no_aug=True, train_crop_mode=mode) == said
+    transform = create_transform(32, is_training=True, no_aug=True, train_crop_mode="pad4")
+    assert "Crop" in str(transform)
+    with pytest.raises(AssertionError):
+        create_transform(32, is_training=True, train_crop_mode="pad4")
+
+
+def test_what_has_a_key_of_its_own_is_given_once() -> None:
+    said = refused(input_size=[3, 32, 32], drop_block=0.1, model_kwargs={"in_chans": 3, "drop_block_rate": 0.1})
+    assert said == (
+        "model_kwargs.in_chans is given, and input_size too; give it once, as input_size; "
+        "model_kwargs.drop_block_rate is given, and drop_block too; give it once, as drop_block"
+    )
+    assert "model_kwargs.num_classes: unknown key; give it as num_classes" in refused(model_kwargs={"num_classes": 3})
 
 
 def test_mixes() -> None:

@@ -116,7 +116,7 @@ def test_numbers_in_every_usual_spelling(written: Path, text: str, value: float)
             "decay_milestones": [2, 5],
             "sched": "multistep",
         },
-        {"no_aug": True, "train_crop_mode": "pad4", "clip_grad": 1e300},
+        {"no_aug": True, "clip_grad": 1e300},
         {"sdzoo": SdzooSettings(held_out=5000, test_split="test", trainable="head"), "val_split": "train"},
     ],
 )

@@ -21,6 +21,7 @@ from runs import after_step, assert_same_run, epochs, files, interrupt, plan, sa
 import sdzoo
 from sdzoo.errors import InputError
 from sdzoo.training.checkpoint import load_model, read_checkpoint, save_run
+from sdzoo.training.data import corrupt
 from sdzoo.training.engine import Comforts, Interrupted, train
 from sdzoo.training.evaluate import Evaluation
 from sdzoo.training.recipe import Recipe, SdzooSettings
@@ -176,7 +177,29 @@ def test_rows_of_the_logs_after_the_checkpoint_are_cut(finished_run: Any, image_
     assert_same_run(output, finished_run.output)
 
 
+def test_corrupt_images_of_the_time_before_are_not_forgotten(
+    finished_run: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corrupt, "PER_IMAGES", 60)  # one of 66 may be
+    with after_step(6, interrupt()), pytest.raises(Interrupted):
+        train(finished_run.recipe, image_folder, tmp_path / "run", device="cpu")
+    last = tmp_path / "run" / "last.pth"
+    state, rest = read_checkpoint(last)
+    save_run(last, {**rest, "state_dict": state, "corrupt": {"gone.png": "truncated"}})
+    train(finished_run.recipe, image_folder, tmp_path / "run", resume=True, device="cpu")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["corrupt_training_images"] == ["gone.png"]
+    assert read_checkpoint(last)[1]["corrupt"] == {"gone.png": "truncated"}
+
+
 # Refused, unless forced
+
+
+def test_force_without_resume_is_refused(finished_run: Any, image_folder: Path, tmp_path: Path) -> None:
+    refused(
+        lambda: train(finished_run.recipe, image_folder, tmp_path / "run", device="cpu", force=True),
+        "--force goes with --resume",
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_data_is_refused(own_run: Path, make_image_folder: Any, finished_run: Any) -> None:

@@ -268,6 +268,20 @@ def test_under_float16_a_step_that_is_not_finite_is_skipped_and_the_scale_halved
     assert not same(trainer.state()["state_dict"], before["state_dict"]), "the next one trains again"
 
 
+def test_under_float16_a_skipped_step_leaves_the_statistics_of_batchnorm_as_they_were(make_recipe: MakeRecipe) -> None:
+    """The forward of the skipped step has filled them with NaN, in the second of its micro-batches."""
+    trainer = fp16_trainer(make_recipe, model_ema=True, model_ema_decay=0.9, grad_accum_steps=2)
+    images, labels = batch(seed=1)
+    trainer.step(0, iter([batch(), batch(seed=2)]))
+    before = copy.deepcopy(trainer.state()["state_dict"])
+    step = trainer.step(1, iter([(images, labels), (broken(images, math.nan), labels)]))
+    assert math.isnan(step.loss)
+    assert same(trainer.state()["state_dict"], before)
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer.state()["state_dict_ema"].values())
+    trainer.step(2, iter([(images, labels), batch(seed=2)]))
+    assert not torch.equal(trainer.state()["state_dict"]["bn1.running_mean"], before["bn1.running_mean"])
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_under_float16_many_skipped_steps_in_a_row_are_divergence(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, what: str

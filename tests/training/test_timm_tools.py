@@ -1,19 +1,21 @@
-"""timm's own tools read what a run writes, without sdzoo's readers.
+"""timm's own tools read what a run writes, without sdzoo's readers, and its ``train.py`` the recipes that ship.
 
-Two of them, ``validate.py`` and ``avg_checkpoints.py``, are in timm's repository and not in its package: their tests
-run where ``SDZOO_TIMM_DIR`` names a checkout of it.
+Three of them, ``train.py``, ``validate.py`` and ``avg_checkpoints.py``, are in timm's repository, not in its package:
+their tests run where ``SDZOO_TIMM_DIR`` names a checkout of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import timm.models
@@ -28,6 +30,8 @@ import sdzoo
 from sdzoo.training.checkpoint import load_model, read_checkpoint
 from sdzoo.training.engine import train
 from sdzoo.training.recipe import Recipe
+from sdzoo.training.recipe_file import load_recipe, shipped_recipes
+from sdzoo.training.recipe_table import upstream
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -181,3 +185,61 @@ def test_avg_checkpoints_py_averages_two_runs(
         if not name.endswith("num_batches_tracked"):  # a whole number, which its mean need not be
             torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7, msg=name)
     assert sdzoo.survival_probs(averaged) == sdzoo.survival_probs(load_model(ema_run / "last.pth"))
+
+
+# As a user starts train.py, with the checkout's own timm; torchvision takes CIFAR's files, whatever they hold.
+TRAIN = """
+import runpy, sys
+from pathlib import Path
+import torchvision.datasets.cifar
+torchvision.datasets.cifar.check_integrity = lambda path, *_: Path(path).is_file()
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+REFUSALS = {"pad4": "assert train_crop_mode in {", "torch/svhn": "Unknown torchvision dataset svhn"}
+
+
+@pytest.fixture
+def small_data(make_image_folder: Callable[..., Path]) -> Path:
+    """A folder of class folders which is CIFAR-10 and CIFAR-100, too: a few pictures each."""
+    root = make_image_folder({"train": 3, "val": 1})
+    sets = {
+        ("cifar-10-batches-py", "labels"): [*(f"data_batch_{part}" for part in range(1, 6)), "test_batch"],
+        ("cifar-100-python", "fine_labels"): ["train", "test"],
+    }
+    for (folder, key), files in sets.items():
+        (root / folder).mkdir()
+        content = {
+            "data": np.zeros((9, 3072), np.uint8),
+            key: list(range(9)),
+            "label_names": [],
+            "fine_label_names": [],
+        }
+        for name in (*files, "batches.meta", "meta"):
+            (root / folder / name).write_bytes(pickle.dumps(content))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_train_py_makes_of_a_recipe_what_the_table_says(
+    timm_dir: Path, small_data: Path, tmp_path: Path, name: str
+) -> None:
+    """Two steps an epoch, two epochs, which is all that is changed."""
+    recipe_file = shipped_recipes()[name]
+    options = ["--config", recipe_file, "--data-dir", small_data, "--output", tmp_path, "--experiment", "run"]
+    options += ["--device", "cpu", "-b", "4", "--epochs", "2"]
+    result = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(timm_dir / "train.py"), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    kind, _, reason = upstream(load_recipe(recipe_file)).partition(": ")
+    if kind == "refused":
+        assert result.returncode
+        assert REFUSALS[reason] in result.stderr, result.stderr[-2000:]
+    else:
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 3, "a head and two epochs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from sdzoo.errors import InputError
 from sdzoo.training.data.augment import BatchAugmentation, evaluation_steps, normaliser, training_steps
 from sdzoo.training.data.corrupt import CorruptImages, refuse
 from sdzoo.training.data.image_set import fits, read_images
+from sdzoo.training.data.names import in_shards, same_split
 from sdzoo.training.data.order import micro_batches
-from sdzoo.training.data.sources import WEB_PREFIX, ArraySource, HeldOut, Source, open_source, same_split
+from sdzoo.training.data.sources import ArraySource, HeldOut, Source, open_source
 from sdzoo.training.data.streaming import Batch, Samples, Stream
-from sdzoo.training.data.web_shards import Shards, evaluation_reader, open_shards, training_reader
+from sdzoo.training.data.web_shards import evaluation_reader, open_shards, training_reader
 from sdzoo.training.distributed import Shard
 from sdzoo.training.recipe import Recipe
 
@@ -57,7 +58,7 @@ class TrainingData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of what identifies the data."""
+        """A digest of what identifies the data: names, labels and contents; of what does not fit into memory sizes."""
         return self.identity()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,7 +106,7 @@ class EvaluationData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of what identifies the data."""
+        """A digest of what identifies the data: names, labels and contents; of what does not fit into memory sizes."""
         return self.identity()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -145,13 +146,13 @@ def open_training_data(
         InputError: if the data set or split is missing or does not fill one step, or too many images are corrupt.
     """
     fixed, random = training_steps(recipe, data_config)
-    if recipe.dataset.startswith(WEB_PREFIX):
+    if in_shards(recipe.dataset):
         return _training_shards(recipe, data_dir, data_config, shard, device, [*fixed, *random])
     size = data_config["input_size"]
     download = recipe.dataset_download and shard.rank == 0
     source = open_source(recipe.dataset, data_dir, recipe.train_split, size[0], download)
     source = HeldOut(recipe.sdzoo.held_out, recipe.seed).training(source, recipe.train_split)
-    identity = _identity(recipe.dataset, recipe.train_split, source)
+    identity = _identity(recipe.dataset, recipe.train_split, source.classes, _digest(source, size))
     steps = _steps(len(source), recipe, shard)
     corrupt = CorruptImages(len(source))
     if fixed and fits(len(source), size):
@@ -240,7 +241,7 @@ def open_split(
         workers: Processes that decode.
         pin_mem: Pin what they hand over.
         skip_corrupt: Leave corrupt images out and name them, instead of stopping at the first.
-        held_out: Evaluate on what training holds out of ``split``, not on all of it.
+        held_out: Evaluate on what training holds out of ``split``, not on all of it; not for WebDataset shards.
         num_samples: For WebDataset shards whose ``_info.json`` does not say.
         num_classes: For WebDataset shards, which do not name their classes.
         download: Let torchvision fetch what is missing (only rank 0 does, so let it come first).
@@ -250,18 +251,15 @@ def open_split(
     """
     size, steps = data_config["input_size"], evaluation_steps(data_config)
     normalise = normaliser(data_config["mean"], data_config["std"], device)
-    if dataset.startswith(WEB_PREFIX):
-        if held_out is not None and held_out.number:
-            raise InputError(f"held_out is {held_out.number}; {dataset} cannot be indexed: give it a split of its own")
+    if in_shards(dataset):
         shards = open_shards(data_dir, split, num_samples, num_classes, size[0])
         read_all = evaluation_reader(shards, steps, shard, batch_size, workers)
-        return EvaluationData(
-            _identity(dataset, split, shards), shards.classes, shards.images, read_all, normalise, skip_corrupt
-        )
+        identity = _identity(dataset, split, shards.classes, shards.sha256)
+        return EvaluationData(identity, shards.classes, shards.images, read_all, normalise, skip_corrupt)
     source = open_source(dataset, data_dir, split, size[0], download and shard.rank == 0)
     if held_out is not None:
         source = held_out.validation(source, split)
-    identity, total = _identity(dataset, split, source), len(source)
+    identity, total = _identity(dataset, split, source.classes, _digest(source, size)), len(source)
     if shard.world > 1:
         source = source.subset(torch.arange(total)[shard.rank :: shard.world])
     corrupt: dict[str, str] = {}
@@ -282,10 +280,6 @@ def open_split(
 def _training_shards(
     recipe: Recipe, data_dir: str | Path, data_config: dict[str, Any], shard: Shard, device: torch.device, steps: Any
 ) -> TrainingData:
-    if recipe.sdzoo.held_out:
-        raise InputError(
-            f"held_out is {recipe.sdzoo.held_out}; {recipe.dataset} cannot be indexed: give it a split of its own"
-        )
     in_chans, wanted = data_config["input_size"][0], recipe.train_num_samples
     shards = open_shards(data_dir, recipe.train_split, wanted, recipe.num_classes, in_chans, "train_num_samples")
     optimizer_steps = _steps(shards.images, recipe, shard)
@@ -293,7 +287,7 @@ def _training_shards(
     read = training_reader(shards, steps, shard, recipe.batch_size, count, recipe.seed, recipe.workers)
     augment = BatchAugmentation(recipe, data_config, device, None)
     return TrainingData(
-        _identity(recipe.dataset, recipe.train_split, shards),
+        _identity(recipe.dataset, recipe.train_split, shards.classes, shards.sha256),
         shards.classes,
         CorruptImages(shards.images),
         optimizer_steps,
@@ -303,11 +297,16 @@ def _training_shards(
     )
 
 
-def _identity(dataset: str, split: str, source: Source | Shards) -> Callable[[], str]:
-    def digest() -> str:
-        return hashlib.sha256(repr((dataset, split, source.classes, source.sha256())).encode()).hexdigest()
+def _digest(source: Source, input_size: tuple[int, int, int]) -> Callable[[], str]:
+    """Return what takes the digest of ``source``: by contents, if it is small enough to be held in memory.
 
-    return digest
+    Of files, not of the pixels that were read from them: each of several processes holds a part of an evaluation only.
+    """
+    return partial(source.sha256, contents=fits(len(source), input_size))
+
+
+def _identity(dataset: str, split: str, classes: tuple[str, ...], sha256: Callable[[], str]) -> Callable[[], str]:
+    return lambda: hashlib.sha256(repr((dataset, split, classes, sha256())).encode()).hexdigest()
 
 
 def _steps(count: int, recipe: Recipe, shard: Shard) -> int:

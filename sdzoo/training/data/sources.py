@@ -16,13 +16,9 @@ from torch import Tensor
 from sdzoo.errors import InputError, nearest
 from sdzoo.image_folder import read_image_folder
 from sdzoo.images import MODE_OF_CHANNELS, check_image, open_image
+from sdzoo.training.data.names import DATASETS, FOLDER, IMAGENET, known_datasets, same_split, synonyms
 from sdzoo.training.data.order import held_out
 from sdzoo.training.data.torch_sets import READERS
-
-WEB_PREFIX = "wds/"
-DATASETS = ("", "torch/cifar10", "torch/cifar100", "torch/svhn", "torch/imagenet", WEB_PREFIX + "...")
-# timm takes these for one another; unlike timm, nothing here falls back to the whole of data_dir
-SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 
 class Source(ABC):
@@ -47,8 +43,8 @@ class Source(ABC):
         """Return the samples at ``indices``, in that order."""
 
     @abstractmethod
-    def sha256(self) -> str:
-        """Return a digest of what identifies the samples."""
+    def sha256(self, contents: bool = True) -> str:
+        """Return a digest of what identifies the samples; those in files by what the files hold if ``contents``."""
 
 
 class FolderSource(Source):
@@ -70,14 +66,21 @@ class FolderSource(Source):
     def subset(self, indices: Tensor) -> FolderSource:
         return FolderSource(self.root, self.files[indices.numpy()], self.labels[indices], self.classes, self.in_chans)
 
-    def sha256(self) -> str:
+    def sha256(self, contents: bool = True) -> str:
+        """Return a digest of names, labels and, if ``contents``, what the files hold, else their sizes alone.
+
+        Of sizes alone, pictures that others of the same size have replaced go unnoticed.
+        """
         digest = hashlib.sha256()
         for index, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
             try:
-                size = os.stat(self.name(index)).st_size
+                if contents:
+                    held = hashlib.sha256(Path(self.name(index)).read_bytes()).digest()
+                else:
+                    held = b"%d" % os.stat(self.name(index)).st_size
             except OSError:
-                size = -1  # what cannot be read is the decoder's to say
-            digest.update(b"%d %d %d %s\n" % (label, size, len(file), file))
+                held = b"-1"  # what cannot be read is the decoder's to say
+            digest.update(b"%d %d %s %s\n" % (label, len(file), file, held))
         return digest.hexdigest()
 
 
@@ -101,7 +104,8 @@ class ArraySource(Source):
     def subset(self, indices: Tensor) -> ArraySource:
         return ArraySource(self.pixels[indices], self.labels[indices], self.classes, self.in_chans, self.called)
 
-    def sha256(self) -> str:
+    def sha256(self, contents: bool = True) -> str:
+        """Return a digest of pixels and labels, always: they are at hand."""
         digest = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
         for part in (self.pixels, self.labels):
             digest.update(part.contiguous().numpy().data)
@@ -135,7 +139,7 @@ def open_source(dataset: str, data_dir: str | Path, split: str, in_chans: int = 
     """Return a split of a data set by timm's name for it.
 
     Args:
-        dataset: ``""`` for ``data_dir/split/<class>/*``, or one of ``DATASETS`` but those of WebDataset.
+        dataset: One of ``DATASETS`` but those of WebDataset.
         data_dir: The folder that holds the data set.
         split: The split's name; only names of this data set are taken.
         in_chans: Channels that the model takes, 1 or 3; pictures of other colour modes are converted.
@@ -148,28 +152,19 @@ def open_source(dataset: str, data_dir: str | Path, split: str, in_chans: int = 
         raise InputError(
             f"the model takes {in_chans} channels; pictures have {' or '.join(map(str, MODE_OF_CHANNELS))}"
         )
-    if dataset == "":
+    if dataset == FOLDER:
         return _folder(_split_folder(Path(data_dir), split), in_chans)
-    if dataset == "torch/imagenet":
+    if dataset == IMAGENET:
         return _imagenet(Path(data_dir), split, in_chans)
     if dataset not in READERS:
-        allowed = ", ".join(f'"{name}"' for name in DATASETS)
-        raise InputError(f'dataset is "{dataset}"; implemented here: {allowed}{nearest(dataset, DATASETS[1:])}')
+        known = f"{known_datasets()}{nearest(dataset, DATASETS[1:])}"
+        raise InputError(f'dataset is "{dataset}"; implemented here: {known}')
     pixels, labels, classes = READERS[dataset](dataset, Path(data_dir), split, download)
     return ArraySource(pixels, labels, classes, in_chans, f"{dataset} {split}")
 
 
-def same_split(one: str, other: str) -> bool:
-    """Return whether two names may stand for the same split, as ``train`` and ``training`` do."""
-    return other in _names(one)
-
-
-def _names(split: str) -> tuple[str, ...]:
-    return (split, *next((group for group in SYNONYMS if split in group), ()))
-
-
 def _split_folder(data_dir: Path, split: str) -> Path:
-    found = [data_dir / name for name in _names(split) if (data_dir / name).is_dir()]
+    found = [data_dir / name for name in synonyms(split) if (data_dir / name).is_dir()]
     if not split or not found:
         raise InputError(f"{data_dir / split} is not a folder; expected {data_dir}/{split}/<class>/<image>")
     return found[0]
@@ -183,7 +178,7 @@ def _folder(folder: Path, in_chans: int) -> FolderSource:
 
 def _imagenet(data_dir: Path, split: str, in_chans: int) -> FolderSource:
     """Return ImageNet as torchvision leaves it unpacked; its classes are the WordNet ids, as in a plain folder."""
-    if split != "train" and split not in SYNONYMS[1]:
+    if split != "train" and not same_split(split, "val"):
         raise InputError(f'split "{split}" of torch/imagenet; allowed: train, val')
     name = "train" if split == "train" else "val"
     if not (data_dir / name).is_dir():

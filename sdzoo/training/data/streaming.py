@@ -19,6 +19,7 @@ from torchvision.transforms import Compose
 from sdzoo.training.data.augment import Step, own_generators
 from sdzoo.training.data.corrupt import CorruptImage, read, read_or_substitute
 from sdzoo.training.data.sources import Source
+from sdzoo.training.distributed import LostProcess
 from sdzoo.training.streams import stream_seed
 
 
@@ -124,6 +125,19 @@ def _start_worker(_: int) -> None:
     # A signal to the run's process group, such as Ctrl-C, is for the run to answer: it still needs its workers.
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+
+
+@contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Turn what torch says of a worker that was killed, wherever the run was then, into :class:`LostProcess`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LostProcess(
+            "a process that reads the data was killed, as happens where memory runs out (recipe: workers)"
+        ) from None
 
 
 def _end_workers(loader: DataLoader[Any], owner: int) -> None:

@@ -26,7 +26,8 @@ def read_cifar(dataset: str, data_dir: Path, split: str, download: bool) -> Arra
     """
     _check_split(dataset, split)
     kind = CIFAR10 if dataset == "torch/cifar10" else CIFAR100
-    data = _open(lambda: kind(str(data_dir), train=split == "train", download=download), dataset, data_dir, kind.url)
+    where = (dataset, data_dir, kind.url, download)
+    data = _open(lambda: kind(str(data_dir), train=split == "train", download=download), *where)
     pixels = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
     return pixels, torch.tensor(data.targets), tuple(data.classes)
 
@@ -43,7 +44,8 @@ def read_svhn(dataset: str, data_dir: Path, split: str, download: bool) -> Array
     pixels, labels = [], []
     for part in ("train", "extra") if split == "train" else ("test",):
         url = SVHN.split_list[part][0]
-        data = _open(lambda part=part: SVHN(str(data_dir), split=part, download=download), dataset, data_dir, url)
+        where = (dataset, data_dir, url, download)
+        data = _open(lambda part=part: SVHN(str(data_dir), split=part, download=download), *where)
         pixels.append(torch.from_numpy(data.data))
         labels.append(torch.from_numpy(data.labels).view(-1))
     return torch.cat(pixels).contiguous(), torch.cat(labels), tuple("0123456789")
@@ -62,13 +64,17 @@ def _check_split(dataset: str, split: str) -> None:
         raise InputError(f'split "{split}" of {dataset}; allowed: train, test (held_out keeps a part of train back)')
 
 
-def _open(make: Callable[[], Any], dataset: str, data_dir: Path, url: str) -> Any:
+def _open(make: Callable[[], Any], dataset: str, data_dir: Path, url: str, download: bool) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what numpy thinks of these old files is nothing to act on
             return make()
     except Exception as error:  # missing, damaged, no network; half a pickle raises whatever its bytes ask for
         why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = why.removesuffix(" You can use download=True to download it")  # torchvision's, and no key of a recipe
+        if download:
+            raise InputError(f"{dataset} cannot be read in {data_dir}, nor downloaded from {url} ({why})") from None
         raise InputError(
-            f"{dataset} cannot be read in {data_dir} ({why}); get it with dataset_download: true, or from {url}"
+            f"{dataset} cannot be read in {data_dir} ({why}); a run with dataset_download: true fetches it, a dry run "
+            f"does not; or get it from {url}"
         ) from None

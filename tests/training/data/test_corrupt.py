@@ -34,7 +34,7 @@ from sdzoo.training.data.sources import HeldOut, open_source
 from sdzoo.training.distributed import Shard
 
 COUNT = 2000  # two may be corrupt
-PLAIN = {"no_aug": True, "batch_size": 100}
+PLAIN = {"no_aug": True, "train_crop_mode": None, "batch_size": 100}
 
 
 @pytest.fixture(scope="module")

@@ -203,11 +203,12 @@ def test_imagenet_is_its_unpacked_folders(tmp_path: Path) -> None:
     assert "ImageNet(" in message and "image-net.org" in message
 
 
-def test_digest_follows_names_sizes_labels_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("contents", [False, True])
+def test_digest_follows_names_sizes_labels_and_nothing_else(tmp_path: Path, contents: bool) -> None:
     files = write_folder(tmp_path / "data")
 
     def digest() -> str:
-        return open_source("", tmp_path / "data", "train").sha256()
+        return open_source("", tmp_path / "data", "train").sha256(contents)
 
     before = digest()
     os.utime(files[0])
@@ -215,6 +216,8 @@ def test_digest_follows_names_sizes_labels_and_nothing_else(tmp_path: Path) -> N
     content = files[0].read_bytes()
     files[0].write_bytes(content + b"0")
     assert digest() != before
+    files[0].write_bytes(content[:-1] + b"0")
+    assert (digest() != before) is contents
     files[0].write_bytes(content)
     assert digest() == before
     files[0].rename(files[0].with_name("9999.png"))

@@ -103,6 +103,25 @@ def test_the_shuffle_mixes_shards_and_follows_from_the_seed(shards: Path) -> Non
     assert len({np.searchsorted(np.cumsum(COUNTS), place, "right") for place in places[:16]}) > 2
 
 
+def test_samples_of_one_shard_come_in_another_order_each_epoch(tmp_path: Path) -> None:
+    write_shards(tmp_path, [32])
+    data = training(tmp_path, **WDS)
+    first, second = (labels_by_pixels(epoch_of(data, epoch)) for epoch in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_a_rank_reads_other_shards_each_epoch(tmp_path: Path) -> None:
+    """4 shards of 16 for two ranks, of which each reads two an epoch: those of a permutation drawn for the epoch."""
+    write_shards(tmp_path, [16] * 4)
+    shard_of = {pixels: index // 16 for index, pixels in enumerate(written(tmp_path, [16] * 4))}
+    data = training(tmp_path, Shard(0, 2), **WDS | {"batch_size": 4})
+    for epoch in range(5):
+        generator = torch.Generator().manual_seed(named_seed(7, "shards", epoch))
+        expected = set(torch.randperm(4, generator=generator).tolist()[::2])
+        assert {shard_of[pixels] for pixels, _ in labels_by_pixels(epoch_of(data, epoch))} == expected
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_read_different_shards_and_as_many_batches(shards: Path, workers: int) -> None:
     """7 steps of 2 x 4: a rank whose shards hold fewer samples goes through them again."""
@@ -287,8 +306,6 @@ def test_labels_from_the_json_that_the_description_names(tmp_path: Path) -> None
 def test_what_shards_cannot_do_is_refused(shards: Path) -> None:
     with pytest.raises(InputError, match="start of an epoch, not at step 3"):
         epoch_of(training(shards, **WDS), 0, 3)
-    with pytest.raises(InputError, match="held_out is 5; wds/x cannot be indexed"):
-        training(shards, held_out=5, **WDS)
     with pytest.raises(InputError, match="4 shards for 5 ranks"):
         training(shards, Shard(4, 5), **WDS)
     with pytest.raises(InputError, match="do not fill one step of 128"):
