@@ -14,8 +14,10 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from sdzoo.macs import count_macs
+from sdzoo.training.data.streaming import lost_workers_named
 from sdzoo.training.distributed import processes
 from sdzoo.training.engine import Run, where_the_data_is
+from sdzoo.training.environment import deterministic
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.run_folder import RunFolder
 
@@ -62,7 +64,7 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
         InputError: as :func:`sdzoo.train`.
     """
     recipe = _without_downloads(recipe)
-    with processes(device) as team:
+    with lost_workers_named(), processes(device) as team, deterministic(team.device):
         run = Run(recipe, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
         trainer, data = run.trainer, run.training_data
         macs = count_macs(trainer.model, run.config["input_size"])

@@ -170,7 +170,7 @@ class Run:
         self._check_data(model, self.training_data, self.validation_data, self.test_data)
         self.description = describe(model, self.training_data.classes)
         check_description(self.description)
-        team.meet()  # one that reads for long is waited for here; from now on all go in step
+        self._check_processes_agree()
         self.trainer = Trainer(recipe, model, self.training_data.steps, team)
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
@@ -187,6 +187,25 @@ class Run:
             raise InputError(f"the splits of {self.data_dir} have different classes")
         if model.num_classes != len(training.classes):
             raise InputError(f"{self.data_dir} has {len(training.classes)} classes, the model {model.num_classes}")
+
+    def _check_processes_agree(self) -> None:
+        """Wait until all processes have read their data, and compare what they were given: from now on they go in step.
+
+        On several machines each has its own copy of the recipe and of the data. What the data are known by is computed
+        here, while nobody is hurried, and not at the first checkpoint.
+        """
+        self.team.meet()
+        recipe = dataclasses.asdict(self.recipe) | {"data_dir": None}
+        mine = {
+            "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+            "data": f"{self.training_data.fingerprint} {self.validation_data.fingerprint}",
+        }
+        rank = self.team.shard.rank
+        for what, digest in mine.items():
+            given = self.team.union({str(rank): digest})
+            if others := sorted(int(other) for other, theirs in given.items() if theirs != given["0"]):
+                said = ", ".join(map(str, others))
+                raise InputError(f"the {what} of process {said} differs from that of process 0; all take the same")
 
     def execute(self) -> Path:
         """Train from where the run stands to its end and return the file of the best weights."""
@@ -388,7 +407,8 @@ class Run:
             "validation_data_sha256": self.validation_data.fingerprint,
             "environment": self.environment,
             "rows": self.rows,
-            "corrupt": self.corrupt,
+            "corrupt": self.corrupt | self.training_data.corrupt,
+            "steps_per_epoch": self.training_data.steps,
         }
         save_run(self.folder.last, state)
 
@@ -428,8 +448,9 @@ class Run:
         if rest.get("validation_data_sha256") != self.validation_data.fingerprint:  # forced: no figure to compare with
             self.progress.best_epoch, self.progress.best_top1_percent = 0, -1.0
         steps = self.training_data.steps
-        if self.progress.step != self.progress.epoch * steps + self.progress.batch:  # forced onto other data
-            self.progress.batch = 0
+        if rest.get("steps_per_epoch", steps) != steps:  # forced onto other data: from the start of the epoch
+            self.progress.batch = self.progress.losses = self.progress.gradients = self.progress.live_sum = 0
+            self.progress.loss_sum = self.progress.gradient_sum = 0.0
             self.progress.step = self.progress.epoch * steps
 
     def _other_run(self, rest: dict[str, Any], probs: list[float]) -> list[str]:

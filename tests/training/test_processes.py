@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -252,6 +253,21 @@ def test_machines_with_disks_of_their_own_go_on_from_the_first_ones_checkpoint(
         assert code == 0, errors
     assert_same_run(machines[0] / "cut", machines[0] / "whole")
     assert [path.name for path in (machines[1] / "cut").iterdir()] == ["last.pth"]
+
+
+@pytest.mark.parametrize("what", ["recipe", "data"])
+def test_machines_with_recipes_or_data_of_their_own_are_refused(what: str, image_folder: Path, tmp_path: Path) -> None:
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for index, machine in enumerate(machines):
+        shutil.copytree(image_folder, machine / "data")
+        write_recipe(machine / "recipe.yaml", 8, more=f"seed: {index if what == 'recipe' else 0}")
+    if what == "data":
+        files = sorted((machines[1] / "data" / "train" / "red").iterdir())
+        shutil.copyfile(files[0], files[2])
+    arguments = ["-m", "sdzoo", "train", "recipe.yaml", "--data-dir", "data", "-o", "run", "--device", "cpu"]
+    for code, _, errors in finish(start(2, arguments, machines)):
+        assert code == 2
+        assert f"the {what} of process 1 differs from that of process 0" in errors
 
 
 def test_ranks_draw_dropout_of_their_own_and_end_an_epoch_as_one(image_folder: Path, tmp_path: Path) -> None:

@@ -191,6 +191,19 @@ def test_corrupt_images_of_the_time_before_are_not_forgotten(
     assert read_checkpoint(last)[1]["corrupt"] == {"gone.png": "truncated"}
 
 
+def test_a_corrupt_image_of_the_epoch_that_was_interrupted_is_not_forgotten(
+    make_image_folder: MakeImageFolder, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corrupt, "PER_IMAGES", 60)
+    data, recipe = make_image_folder(), make_recipe(epochs=1, aa="rand-m5", train_crop_mode=None)  # streamed
+    bad = data / "train" / "blue" / "000.png"
+    bad.write_bytes(b"broken")
+    with after_step(3, interrupt()), pytest.raises(Interrupted):
+        train(recipe, data, tmp_path / "run", device="cpu")
+    train(recipe, data, tmp_path / "run", resume=True, device="cpu")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["corrupt_training_images"] == [str(bad)]
+
+
 # Refused, unless forced
 
 
@@ -272,6 +285,16 @@ def forced(recipe: Recipe, data: Path, output: Path) -> dict[str, Any]:
     """Go on with ``recipe`` by force and return what the checkpoint then says beside the weights."""
     train(recipe, data, output, resume=True, device="cpu", force=True)
     return read_checkpoint(output / "last.pth")[1]
+
+
+def test_forced_onto_other_steps_within_the_first_epoch_begins_it_anew(
+    finished_run: Any, image_folder: Path, tmp_path: Path
+) -> None:
+    with after_step(3, interrupt()), pytest.raises(Interrupted):  # of 4 of the first epoch
+        train(finished_run.recipe, image_folder, tmp_path / "run", device="cpu")
+    rest = forced(dataclasses.replace(finished_run.recipe, batch_size=32), image_folder, tmp_path / "run")
+    assert [row["epoch"] for row in steps(tmp_path / "run")] == ["1", "1", "2", "2"]
+    assert rest["global_step"] == 4
 
 
 def test_forced_extension_follows_the_new_schedule(own_run: Path, image_folder: Path, finished_run: Any) -> None:
