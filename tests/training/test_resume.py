@@ -26,6 +26,7 @@ from sdzoo.training.engine import Comforts, Interrupted, train
 from sdzoo.training.evaluate import Evaluation
 from sdzoo.training.recipe import Recipe, SdzooSettings
 
+MakeImageFolder = Callable[..., Path]
 MakeRecipe = Callable[..., Recipe]
 EVERY_STEP = Comforts(checkpoint_interval_s=0)
 
