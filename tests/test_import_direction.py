@@ -25,7 +25,10 @@ LAYERS: list[set[str]] = [
     {"cli", "__main__"},
 ]
 STANDARD = set(sys.stdlib_module_names)
-OPTIONAL = {"onnx", "onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx", "tritonclient", "grpc", "google", "openvino", "ray"}
+OPTIONAL = {
+    *("onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"),
+    *("tritonclient", "grpc", "google", "ray", "matplotlib"),
+}
 # Themselves imported where they are used, after the extra was found to be there.
 NEEDS_AN_EXTRA = {"deploy.onnx_graph", "deploy.preprocess", "deploy.half", "deploy.quantize"}
 TORCH_FREE = LAYERS[0]
