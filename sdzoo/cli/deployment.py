@@ -183,5 +183,6 @@ def _print_rows(rows: Sequence[Row]) -> None:
 
 
 def show_progress(text: str) -> None:
+    """Show ``text`` in place of what was shown before, if a person is watching."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
