@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sdzoo.deploy.onnx_export import export_onnx
     from sdzoo.deploy.runtime import load_predictor
     from sdzoo.deploy.verify import verify
+    from sdzoo.hub.load import load_hub
+    from sdzoo.hub.publish import publish
     from sdzoo.training.engine import train
     from sdzoo.training.evaluate import evaluate
 
@@ -42,7 +44,9 @@ __all__ = [
     "fold",
     "linear_decay",
     "live_blocks",
+    "load_hub",
     "load_predictor",
+    "publish",
     "set_draw_probs",
     "set_survival",
     "stagewise",
@@ -60,7 +64,9 @@ _LAZY = {
     "evaluate": "sdzoo.training.evaluate",
     "export": "sdzoo.deploy.export",
     "export_onnx": "sdzoo.deploy.onnx_export",
+    "load_hub": "sdzoo.hub.load",
     "load_predictor": "sdzoo.deploy.runtime",
+    "publish": "sdzoo.hub.publish",
     "train": "sdzoo.training.engine",
     "verify": "sdzoo.deploy.verify",
 }

@@ -12,9 +12,13 @@ from torch import nn
 
 from sdzoo import weights
 from sdzoo.errors import InputError
+from sdzoo.hub.load import load_hub
+from sdzoo.hub.source import FOLDER, HUB
 from sdzoo.macs import count_macs, gates_of
 from sdzoo.registry import check_name, models, tags
 from sdzoo.training.checkpoint import load_model
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
     """Return a model in evaluation mode: by name with its weights (on the Hub unless they ship), or from a file.
 
     Args:
-        name_or_file: ``sd_resnet20``, ``sd_resnet20.cifar10_jpeg``, or a ``.safetensors`` or ``.pth`` file.
+        name_or_file: ``sd_resnet20``, ``sd_resnet20.cifar10_jpeg``, a ``.safetensors`` or ``.pth`` file, or what is
+            published: ``hub:org/name``, ``hub:org/name@v1.0``, ``local-dir:DIR`` (:func:`sdzoo.load_hub`).
         arch: The model's name, for a file that does not say.
         need_weights: Refuse a model without weights; else it is untrained unless its weights ship.
 
@@ -91,12 +96,15 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
         InputError: if there is no such model or file, the file is damaged or does not fit, or there are no weights.
         OSError: if the weights are on the Hub and cannot be fetched.
     """
-    if Path(name_or_file).suffix in (".safetensors", ".pth", ".pt", ".tar", ".onnx") or Path(name_or_file).is_file():
+    published = name_or_file.startswith((HUB, FOLDER))
+    if not published and (Path(name_or_file).suffix in SUFFIXES or Path(name_or_file).is_file()):
         return load_model(name_or_file, arch)
     if arch:
         raise InputError(
             f"--arch {arch} is for a checkpoint that does not say which model it is, not for {name_or_file}"
         )
+    if published:
+        return load_hub(name_or_file)
     if Path(name_or_file).name != name_or_file:
         raise InputError(f"{name_or_file} is neither a file nor a model")
     check_name(name_or_file)

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"weights", "images", "image_folder", "assets", "registry", "description", "builder"},
     {"cifar_resnet", "sd_resnet_cifar", "sd_resnetv2_cifar", "sd_resnet"},
     {"training", "deploy"},
-    {"zoo", "plots", "demo"},
+    {"zoo", "plots", "demo", "hub"},
     {"cli", "__main__"},
 ]
 STANDARD = set(sys.stdlib_module_names)
@@ -135,7 +135,7 @@ def test_importing_sdzoo_brings_nothing_heavy_along() -> None:
 
 
 def test_importing_sdzoo_leaves_training_and_deployment_for_later() -> None:
-    later = ("sdzoo.training", "sdzoo.deploy", "sdzoo.cli", "sdzoo.zoo", "sdzoo.plots")
+    later = ("sdzoo.training", "sdzoo.deploy", "sdzoo.cli", "sdzoo.zoo", "sdzoo.plots", "sdzoo.hub")
     assert names_after(f"import sys, sdzoo; print(*(name for name in sys.modules if name.startswith({later})))") == []
 
 

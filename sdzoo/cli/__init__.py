@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from sdzoo import __version__
-from sdzoo.cli import deployment, models, training
+from sdzoo.cli import deployment, hub, models, training
 from sdzoo.cli.parser import Commands, Parser
 from sdzoo.errors import InputError, ParityError
 
@@ -44,7 +44,7 @@ def _parser() -> Parser:
     parser = Parser(prog="sdzoo", description="ResNets with stochastic depth for timm: train, fold, export, verify.")
     parser.add_argument("--version", action="version", version=f"sdzoo {__version__}")
     commands = Commands(parser)
-    for part in (models, training, deployment):
+    for part in (models, training, deployment, hub):
         part.add_commands(commands)
     return parser
 

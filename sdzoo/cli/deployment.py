@@ -47,10 +47,10 @@ def add_commands(commands: Commands) -> None:
     _max_drop_option(added)
     model_options(added, runs=False)
 
-    example = f"sdzoo verify {BUNDLED} model.onnx --images cifar10/val"
+    example = f"sdzoo verify {BUNDLED} model.onnx --images cifar10/val\n  sdzoo verify hub:ORG/NAME"
     added = commands.add("verify", _verify, "compare any two of model, checkpoint, exported file or folder", example)
-    added.add_argument("a", help="the reference; folded:NAME is a folded model")
-    added.add_argument("b", help="what shall compute the same")
+    added.add_argument("a", help="the reference; folded:NAME is a folded model, hub:ORG/NAME one on the Hub")
+    added.add_argument("b", nargs="?", help="what shall compute the same; without, a published A and its SHA256SUMS")
     added.add_argument("--images", metavar="DIR", help="real pictures to compare on (default: ten that ship)")
     _max_drop_option(added)
     model_options(added, runs=False)
@@ -116,7 +116,14 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from sdzoo.deploy.verify import verify
+    from sdzoo.hub.load import verify_hub
+    from sdzoo.hub.source import FOLDER, HUB
 
+    if arguments.b is None:
+        if not arguments.a.startswith((HUB, FOLDER)):
+            raise InputError(f"b is missing: name what to compare {arguments.a} with (see sdzoo verify --help)")
+        print(f"passed: {verify_hub(arguments.a)}")
+        return
     a, b = (open_operand(name, arguments.arch) for name in (arguments.a, arguments.b))
     print(f"comparing {arguments.b} with {arguments.a} on {arguments.images or 'ten pictures that ship'}", flush=True)
     print(f"passed: {verify(a, b, arguments.images, arguments.max_drop)}")

@@ -11,6 +11,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,22 +146,35 @@ def load_model(path: str | Path, arch: str | None = None) -> nn.Module:
     arch = arch or description.get("arch")
     if not arch:
         raise InputError(f"{path} does not say which model it is; name it with --arch")
+    model = described_model(description | {"arch": str(arch)}, str(path))
+    load_state(model, state, str(path))
+    return model.eval()
+
+
+def described_model(description: Mapping[str, Any], source: str) -> nn.Module:
+    """Return the model that a description is of, without its weights.
+
+    Args:
+        description: As :func:`describe` returns it; a stranger may have written it.
+        source: What an error names.
+
+    Raises:
+        InputError: if it is not of a model of sdzoo.
+    """
     try:
-        check_name(str(arch))
+        check_name(description["arch"])
         check_description(description)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{source}: {error}") from None
     overlay = {name: description[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in description}
     overlay |= {"input_size": tuple(description["input_size"])} if "input_size" in description else {}
     overlay |= {"label_names": tuple(description["labels"]), "tag": ""} if "labels" in description else {}
     given = {name: description[name] for name in ("num_classes", "in_chans", "mode") if name in description}
     try:
         given |= description.get("model_kwargs", {})
-        model = timm.create_model(str(arch), pretrained_cfg_overlay=overlay, **given)
+        return timm.create_model(description["arch"], pretrained_cfg_overlay=overlay, **given)
     except Exception as error:  # whatever a network makes of arguments that are not its own
-        raise InputError(f"{path} describes its model wrongly: {str(error).splitlines()[0]}") from None
-    load_state(model, state, str(path))
-    return model.eval()
+        raise InputError(f"{source} describes its model wrongly: {str(error).splitlines()[0]}") from None
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -169,24 +183,30 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     Raises:
         InputError: listing missing, unexpected and misshapen tensors; the model is not usable then.
     """
-    own = model.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    # Weights of a constant-depth network hold no survival probability at all: the loading rule knows what to do.
-    if not any(name.endswith("survival_prob") for name in state):
-        missing = [name for name in missing if not name.endswith("survival_prob")]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if faults := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
-        raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}")
+    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, source)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"{source}: {' '.join(str(error).split())}") from None
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Check that tensors of these ``shapes``, by name, are a whole state dict of ``model``, which may lie on ``meta``.
+
+    Raises:
+        InputError: listing missing, unexpected and misshapen tensors.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(own.keys() - shapes.keys())
+    unexpected = sorted(shapes.keys() - own.keys())
+    differing = [name for name in sorted(own.keys() & shapes.keys()) if own[name] != shapes[name]]
+    misshapen = [f"{name} {shapes[name]} for {own[name]}" for name in differing]
+    # Weights of a constant-depth network hold no survival probability at all: the loading rule knows what to do.
+    if not any(name.endswith("survival_prob") for name in shapes):
+        missing = [name for name in missing if not name.endswith("survival_prob")]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if faults := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
+        raise InputError(f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}")
 
 
 def _some(names: list[str], limit: int = 6) -> str:

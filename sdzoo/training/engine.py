@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdzoo.description import check_description
+from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
 from sdzoo.extras import require
 from sdzoo.gate import gates
@@ -354,15 +355,21 @@ class Run:
 
     def _finish_run(self) -> None:
         """Measure the test split, if the recipe names one, with the best weights, and write down what came out."""
-        progress, test = self.progress, None
+        progress, folder, test = self.progress, self.folder, None
         if self.test_data is not None:
-            best = load_model(self.folder.best).to(self.team.device)
+            best = load_model(folder.best).to(self.team.device)
             test = evaluate(best, self.test_data)
             where = f"weights of epoch {progress.best_epoch}"
             print(f"test top-1 {test.top1_percent:.2f} % on {test.images} images, {where}", flush=True)
-        self.folder.write_result(
+        folder.write_result(
             {
                 "model": self.recipe.model,
+                "data": self.recipe.dataset or self.data_dir.resolve().name,
+                "images": {
+                    "train": self.training_data.images,
+                    "val": self.validation_data.images,
+                    "test": test and test.images,
+                },
                 "blocks": self.blocks,
                 "final_survival_prob": self.trainer.probs[-1],
                 "survival_probs": self.trainer.probs,
@@ -374,6 +381,10 @@ class Run:
                 },
                 "corrupt_training_images": sorted(self.corrupt),
                 "environment": self.environment,
+                # by which it is seen later that these are still the files of this result
+                "sha256": {
+                    file.name: file_sha256(file) for file in (folder.best, folder.last, folder.log, folder.recipe)
+                },
             }
         )
 

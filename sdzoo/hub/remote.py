@@ -1,0 +1,160 @@
+"""Talking to a Hub, through huggingface_hub's own client: whom a token goes to, and what its errors mean."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sdzoo import weights
+from sdzoo.errors import InputError
+
+LOG_IN = "log in with: hf auth login, or set HF_TOKEN"
+# What its HTTP library raises when there is no answer; which one it is depends on the client's version.
+NoAnswer: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+class HubError(OSError):
+    """A Hub did not do what it was asked for; ``status`` is that of its answer, None if there was none."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def client(endpoint: str | None = None, token: str | None = None) -> HfApi:
+    """Return a client of the Hub at ``endpoint`` (default: HF_ENDPOINT, else the public one).
+
+    Args:
+        endpoint: An address without path.
+        token: By whom; default: who is logged in. It goes to https or to this machine, and else stays here.
+
+    Raises:
+        InputError: if ``endpoint`` is not such an address, or would be sent a ``token`` in the clear.
+    """
+    endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+    if not is_private(endpoint):
+        if token:
+            raise InputError(f"a token goes only to https or to this machine; {endpoint} is neither")
+        return HfApi(endpoint=endpoint, token=False)
+    return HfApi(endpoint=endpoint, token=token or get_token() or False)
+
+
+def is_private(endpoint: str) -> bool:
+    """Return whether nobody between here and ``endpoint`` can read along.
+
+    Raises:
+        InputError: if it is no http or https address.
+    """
+    try:
+        parts = urlsplit(endpoint)
+        scheme, host, user = parts.scheme, parts.hostname, parts.username
+    except ValueError:
+        scheme, host, user = "", None, None
+    if not host or scheme not in ("http", "https") or user is not None:
+        raise InputError(f'"{endpoint}" is not the address of a Hub, as {constants.ENDPOINT} is')
+    return scheme == "https" or host == "localhost" or _is_loopback(host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextmanager
+def one_line(repo: str, api: HfApi) -> Iterator[None]:
+    """Say in one line, with what to do, what the client raises within: ``repo`` is what it was asked for.
+
+    Raises:
+        InputError: if the user can set it right: the name, the revision, the token.
+        HubError: if the Hub failed, refused, or cannot be reached.
+    """
+    try:
+        yield
+    except (InputError, HubError):
+        raise
+    except Exception as error:
+        said = _in_one_line(_first_cause(error), repo, api.endpoint)
+        if said is None:
+            raise
+        raise said from None
+
+
+def _first_cause(error: Exception) -> Exception:
+    # an upload's failure comes wrapped in a RuntimeError
+    cause = error.__cause__
+    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
+
+
+def _in_one_line(error: Exception, repo: str, endpoint: str) -> Exception | None:
+    if isinstance(error, HFValidationError):
+        return InputError(f'"{repo}" is not the name of a repository: {_plain(error)}')
+    if isinstance(error, LocalEntryNotFoundError):
+        return unreachable(repo, endpoint)
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error, repo, endpoint)
+    if isinstance(error, (NoAnswer, ConnectionError)):
+        return unreachable(repo, endpoint, _plain(error) or type(error).__name__)
+    if isinstance(error, OSError) and error.errno is None:  # the client's own, as when fewer bytes came than announced
+        return HubError(f"{repo} at {endpoint}: {_plain(error)}")
+    return None
+
+
+def unreachable(repo: str, endpoint: str, why: str = "") -> HubError:
+    """Return the error for a Hub that does not answer while ``repo`` is not in the cache."""
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    shipped = ", ".join(sorted(file.name.removesuffix(".safetensors") for file in weights.FOLDER.glob("*.safetensors")))
+    return HubError(
+        f"{endpoint} cannot be reached{f' ({why})' if why else ''} and {repo} is not in the cache; "
+        f"what ships with sdzoo needs no Hub: {shipped}, in {weights.FOLDER}"
+    )
+
+
+def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> Exception:
+    response: Any = error.response
+    status, has_token = response.status_code, "authorization" in response.request.headers
+    if isinstance(error, GatedRepoError):
+        then = "" if has_token else f"; then {LOG_IN}"
+        return InputError(f"{repo} is gated: ask for access at {endpoint}/{repo.partition('@')[0]}{then}")
+    if isinstance(error, RevisionNotFoundError):
+        return InputError(f"{repo}: there is no such revision at {endpoint}")
+    if isinstance(error, EntryNotFoundError):
+        return InputError(f"{repo} holds no {_plain(response.request.url).rpartition('/')[2]}")
+    if (isinstance(error, RepositoryNotFoundError) or status == 401) and not has_token:
+        return InputError(f"{repo}: {endpoint} has no such repository or wants to know who asks; {LOG_IN}")
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(f"{repo}: {endpoint} has no such repository, or your token may not see it")
+    if status == 401:
+        return InputError(f"{repo}: {endpoint} does not know your token; {LOG_IN}")
+    if status == 403:
+        return InputError(
+            f"{repo}: your token may not do that; make one that may write to it at {endpoint}/settings/tokens, {LOG_IN}"
+        )
+    said = _plain(error.server_message or response.reason_phrase)
+    if status == 412:
+        return HubError(f"{repo} was changed by someone else meanwhile ({said}): look at it, then run again", status)
+    if status == 409:
+        return HubError(f"{repo}: that exists already ({said})", status)
+    return HubError(f"{repo}: {endpoint} answered {status} ({said}); try again later", status)
+
+
+def _plain(text: object, limit: int = 200) -> str:
+    """Return one printable line of what may be a stranger's text: it goes to a terminal."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text))
+    return " ".join(line.split())[:limit]

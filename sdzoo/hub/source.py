@@ -1,0 +1,209 @@
+"""Where published files come from: a repository at one commit, or a folder; each as a stranger's."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants
+
+from sdzoo.digest import file_sha256
+from sdzoo.errors import InputError
+from sdzoo.hub.layout import CONFIG, MAX_SUMS_BYTES, SUMS, Damaged, plain_file, read_sums
+from sdzoo.hub.model_config import MAX_CONFIG_BYTES
+from sdzoo.hub.remote import HubError, client, one_line
+from sdzoo.weights.published import known
+
+HUB, FOLDER = "hub:", "local-dir:"  # as names of models begin, the second as timm has it
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+Result = TypeVar("Result")
+
+
+class Source(ABC):
+    """Files that belong together, by name."""
+
+    @abstractmethod
+    def can_come_again(self) -> bool:
+        """Return whether what is damaged may be whole when it is fetched once more."""
+
+    @abstractmethod
+    def names(self) -> set[str] | None:
+        """Return all that there is, hidden files left out; None if that cannot be known."""
+
+    @abstractmethod
+    def file(self, name: str, max_bytes: int, again: bool = False) -> Path:
+        """Return the path of ``name``; ``again``: fetched anew, whatever the cache holds.
+
+        Raises:
+            InputError: if it is not there, too large, or no plain file.
+            HubError: if it is not in the cache either.
+        """
+
+    def sums(self, again: bool = False) -> dict[str, str]:
+        """Return what ``SHA256SUMS`` says.
+
+        Raises:
+            Damaged: as :func:`read_sums`; and as :meth:`file` does.
+        """
+        return read_sums(self.file(SUMS, MAX_SUMS_BYTES, again).read_text(encoding="utf-8", errors="replace"))
+
+    def checked(self, name: str, sha256: str, max_bytes: int, again: bool = False) -> Path:
+        """Return the path of ``name``, whose content has this ``sha256``.
+
+        Raises:
+            Damaged: if it has another; and as :meth:`file` does.
+        """
+        path = self.file(name, max_bytes, again)
+        if (got := file_sha256(path)) != sha256:
+            raise Damaged(f"{name} of {self} has sha256 {got}; it should have {sha256}")
+        return path
+
+
+@dataclass(frozen=True)
+class Folder(Source):
+    """A folder of the layout, none of its files a link."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def can_come_again(self) -> bool:
+        """Return False."""
+        return False
+
+    def names(self) -> set[str]:
+        """Return all that there is, hidden files left out."""
+        return {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
+
+    def file(self, name: str, max_bytes: int, again: bool = False) -> Path:
+        """Return the path of ``name``, as :meth:`Source.file`."""
+        return _at_most(plain_file(self.path, name), max_bytes, str(self))
+
+
+@dataclass(frozen=True)
+class Repo(Source):
+    """A repository at one commit.
+
+    Attributes:
+        name: ``org/name``.
+        commit: Its id.
+        sizes: Bytes of every file; None if the Hub cannot be reached, and the cache must do.
+        pinned: Whether the commit was named, by the user or by sdzoo, and not found behind a branch or a tag.
+    """
+
+    name: str
+    commit: str
+    api: HfApi
+    cache_dir: Path | None
+    sizes: dict[str, int] | None
+    pinned: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.commit}"
+
+    def can_come_again(self) -> bool:
+        """Return whether the Hub answers."""
+        return self.sizes is not None
+
+    def names(self) -> set[str] | None:
+        """Return all that there is, hidden files left out; None if that cannot be known."""
+        return None if self.sizes is None else {name for name in self.sizes if not name.startswith(".")}
+
+    def file(self, name: str, max_bytes: int, again: bool = False) -> Path:
+        """Return the path of ``name`` in the cache, as :meth:`Source.file`: its size is known before it is fetched."""
+        if self.sizes is not None:
+            _check_size(self.sizes, name, max_bytes, str(self))
+        return _download(self.api, self.name, name, self.commit, self.cache_dir, max_bytes, self.sizes is None, again)
+
+
+def once_more(read: Callable[[bool], Result], source: Source) -> Result:
+    """Return ``read(False)``; where what came is damaged and can come again, ``read(True)``."""
+    try:
+        return read(False)
+    except Damaged:
+        if not source.can_come_again():
+            raise
+    return read(True)
+
+
+def open_source(name: str | Path, cache_dir: str | Path | None = None, api: HfApi | None = None) -> Source:
+    """Return where to read ``name`` from: see :func:`sdzoo.hub.load.load_hub`. Of a repository, config.json is fetched.
+
+    Raises:
+        InputError: if there is no such folder, or the name is none of a repository, or it is not to be had.
+        HubError: if the Hub cannot be reached and the cache holds nothing of it.
+    """
+    text = str(name).removeprefix(HUB)
+    folder = Path(text.removeprefix(FOLDER))
+    if folder.is_dir():
+        return Folder(folder)
+    if isinstance(name, Path) or text.startswith(FOLDER):
+        raise InputError(f"{folder} is not a folder")
+    found = _NAME.fullmatch(text)
+    if not found or ".." in text:
+        raise InputError(f'"{text}" is neither a folder nor the name of a repository: ORG/NAME or ORG/NAME@REVISION')
+    return _open_repo(found["repo"], found["revision"], Path(cache_dir) if cache_dir else None, api or client())
+
+
+def _open_repo(repo: str, revision: str | None, cache_dir: Path | None, api: HfApi) -> Repo:
+    if revision is None and (pin := known(repo)):
+        revision = pin.commit
+    asked = f"{repo}@{revision}" if revision else repo
+    down: HubError | None = None
+    commit, sizes = None, None
+    try:
+        with one_line(asked, api):
+            info = api.model_info(repo, revision=revision, files_metadata=True)
+        commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
+        _check_size(sizes, CONFIG, MAX_CONFIG_BYTES, asked)
+    except HubError as error:
+        if error.status is not None and error.status < 500:
+            raise
+        down = error
+    try:
+        # by the revision as it was named, so that the cache knows what it means when the Hub is away
+        named = revision or constants.DEFAULT_REVISION
+        path = _download(api, repo, CONFIG, named, cache_dir, MAX_CONFIG_BYTES, only_cache=down is not None)
+    except HubError as error:
+        raise down or error from None
+    if commit not in (None, path.parent.name) or not _COMMIT.fullmatch(path.parent.name):
+        raise HubError(f"{asked} was changed while it was read; run again")
+    return Repo(repo, path.parent.name, api, cache_dir, sizes, revision == path.parent.name)
+
+
+def _download(
+    api: HfApi,
+    repo: str,
+    name: str,
+    revision: str,
+    cache_dir: Path | None,
+    max_bytes: int,
+    only_cache: bool,
+    again: bool = False,
+) -> Path:
+    with one_line(f"{repo}@{revision}", api):
+        path = api.hf_hub_download(
+            repo, name, revision=revision, cache_dir=cache_dir, local_files_only=only_cache, force_download=again
+        )
+    return _at_most(Path(path), max_bytes, repo)
+
+
+def _check_size(sizes: dict[str, int], name: str, max_bytes: int, source: str) -> None:
+    if name not in sizes:
+        pickles = sorted(other for other in sizes if other.endswith((".bin", ".pth", ".pt", ".ckpt", ".pkl")))
+        hint = "; sdzoo publishes nothing without" if name == SUMS else ""
+        hint += f"; pickles, as {pickles[0][:80]!r}, are never loaded" if pickles else ""
+        raise InputError(f"{source} holds no {name}{hint}")
+    if sizes[name] > max_bytes:
+        raise InputError(f"{name} of {source} has {sizes[name]:,} bytes; at most {max_bytes:,}")
+
+
+def _at_most(path: Path, max_bytes: int, source: str) -> Path:
+    _check_size({path.name: path.stat().st_size}, path.name, max_bytes, source)
+    return path

@@ -1,0 +1,208 @@
+"""From a folder to a tagged commit: one commit, compared with the folder from the other side before it gets its tag.
+
+Whatever fails, the error says what is on the Hub now. What is there already is not sent again, so that the same call
+goes on from anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
+
+from sdzoo import __version__
+from sdzoo.digest import file_sha256
+from sdzoo.errors import InputError, ParityError
+from sdzoo.hub import layout
+from sdzoo.hub.remote import HubError, one_line
+
+AGAIN = "run the same command again: it goes on from there"
+OURS = {value for name, value in vars(layout).items() if name[0] != "_" and name.isupper() and isinstance(value, str)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a folder goes: repository, branch, the tag of this version; whether by a pull request, which has no tag."""
+
+    repo: str
+    revision: str
+    tag: str
+    private: bool = False
+    pr: bool = False
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit that holds the folder and, if one was opened for it, its pull request, as ``refs/pr/N``."""
+
+    oid: str
+    pull_request: str | None = None
+
+
+def upload(
+    folder: Path, target: Target, api: HfApi, check: Callable[[Path], None], progress: Callable[[str], None]
+) -> Commit:
+    """Return the commit that holds ``folder`` and, but for a pull request, now has its tag.
+
+    Args:
+        folder: Flat, with its sums.
+        target: Where it goes.
+        api: The client.
+        check: Raises ParityError if the folder that it is given, one that was downloaded, is not what was meant.
+        progress: Called with what is being done.
+
+    Raises:
+        InputError: if the tag is on other files, the repository holds others, or as the Hub refuses.
+        ParityError: if what came back is not what was sent.
+        HubError: if the Hub failed.
+    """
+    repo = target.repo
+    with _standing(f"no commit to {repo} was confirmed, so it shows what it did before; {AGAIN}"):
+        commit = _there_already(folder, target, api, progress) or _commit(folder, target, api, progress)
+    where = f"{target.revision} of {repo}" if commit.pull_request is None else f"{commit.pull_request} of {repo}"
+    with _standing(f"commit {commit.oid} is on {where}, without the tag {target.tag}; {AGAIN}"):
+        progress(f"comparing commit {commit.oid}")
+        _compare(folder, repo, commit.oid, api)
+        _compare_downloaded(folder, repo, commit.oid, api, check)
+        if commit.pull_request is None:
+            _tag(target, commit.oid, api)
+    return commit
+
+
+def _there_already(folder: Path, target: Target, api: HfApi, progress: Callable[[str], None]) -> Commit | None:
+    """Return the commit that holds ``folder`` already, by tag, branch or pull request; None if there is none.
+
+    The repository is made if it is not there.
+    """
+    repo = target.repo
+    with one_line(repo, api):
+        api.create_repo(repo, private=target.private, exist_ok=True)
+        refs = api.list_repo_refs(repo, include_pull_requests=True)
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    branches = {branch.name: branch.target_commit for branch in refs.branches}
+    if target.tag in tags:
+        if _differing(folder, _tree(repo, tags[target.tag], api)):
+            raise _taken(target, tags[target.tag])
+        progress(f"{target.tag} of {repo} holds these files already")
+        return Commit(tags[target.tag])
+    if target.revision not in branches:
+        raise InputError(f"{repo} has no branch {target.revision}; it has: {', '.join(sorted(branches))}")
+    head = branches[target.revision]
+    if not _differing(folder, _tree(repo, head, api)):
+        progress(f"{target.revision} of {repo} holds these files already")
+        return Commit(head)
+    for request in reversed(refs.pull_requests or []) if target.pr else ():
+        if not _differing(folder, _tree(repo, request.target_commit, api)):
+            progress(f"{request.ref} of {repo} holds these files already")
+            return Commit(request.target_commit, request.ref)
+    return None
+
+
+def _commit(folder: Path, target: Target, api: HfApi, progress: Callable[[str], None]) -> Commit:
+    repo = target.repo
+    with one_line(f"{repo}@{target.revision}", api):
+        info = api.model_info(repo, revision=target.revision)
+    if target.private and not info.private:
+        raise InputError(f"{repo} is there already and public: --private is for a new repository")
+    there = _tree(repo, str(info.sha), api)
+    names = sorted(file.name for file in folder.iterdir())
+    others = sorted(name for name in there if name not in names and not name.startswith("."))
+    if foreign := [name for name in others if name not in OURS]:
+        raise InputError(
+            f"{repo} holds other files: {', '.join(foreign[:10])}; what is published stands alone, so delete them or "
+            "name another repository"
+        )
+    changes = [CommitOperationAdd(name, folder / name) for name in names]
+    deleted = [CommitOperationDelete(name) for name in others]
+    changed = {"replacing": [name for name in names if name in there], "removing": others}
+    said = "".join(f", {how} {', '.join(found)}" for how, found in changed.items() if found)
+    progress(f"committing {len(names)} files to {target.revision} of {repo}{said}")
+    with one_line(repo, api):
+        made = api.create_commit(
+            repo,
+            [*changes, *deleted],
+            commit_message=f"Published with sdzoo {__version__}",
+            revision=target.revision,
+            parent_commit=info.sha,
+            create_pr=target.pr,
+        )
+    return Commit(made.oid, made.pr_revision)
+
+
+def _compare(folder: Path, repo: str, oid: str, api: HfApi) -> None:
+    if differing := _differing(folder, _tree(repo, oid, api)):
+        raise ParityError(f"{repo} does not hold what was sent: {', '.join(differing)}")
+
+
+def _compare_downloaded(folder: Path, repo: str, oid: str, api: HfApi, check: Callable[[Path], None]) -> None:
+    """Download into an empty cache, and compare byte for byte and by what it computes."""
+    names = sorted(file.name for file in folder.iterdir())
+    with tempfile.TemporaryDirectory() as cache:
+        with one_line(repo, api):
+            back = Path(api.snapshot_download(repo, revision=oid, cache_dir=cache, allow_patterns=names))
+        differing = [n for n in names if not (back / n).is_file() or file_sha256(back / n) != file_sha256(folder / n)]
+        if differing:
+            raise ParityError(f"what came back from {repo} is not what was sent: {', '.join(differing)}")
+        check(back)
+
+
+def _tag(target: Target, oid: str, api: HfApi) -> None:
+    try:
+        with one_line(target.repo, api):
+            api.create_tag(target.repo, tag=target.tag, revision=oid)
+    except HubError as error:
+        if error.status != 409:
+            raise
+        with one_line(target.repo, api):
+            tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo).tags}
+        if tags.get(target.tag) != oid:
+            raise _taken(target, tags.get(target.tag)) from None
+
+
+def _taken(target: Target, oid: str | None) -> InputError:
+    return InputError(
+        f"{target.repo} has the tag {target.tag} already, on commit {oid}, which is another one: a tag is never moved; "
+        "name another with --tag"
+    )
+
+
+def _tree(repo: str, oid: str, api: HfApi) -> dict[str, RepoFile]:
+    with one_line(f"{repo}@{oid}", api):
+        entries = list(api.list_repo_tree(repo, recursive=True, revision=oid))
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _differing(folder: Path, there: dict[str, RepoFile]) -> list[str]:
+    """Return the files that are not the same in ``folder`` and ``there``, hidden ones left aside."""
+    here = {file.name: file for file in folder.iterdir()}
+    missing = {name for name in there if name not in here and not name.startswith(".")}
+    return sorted(missing | {name for name, file in here.items() if not _same(file, there.get(name))})
+
+
+def _same(file: Path, entry: RepoFile | None) -> bool:
+    """Return whether the Hub holds ``file``: of a large one it knows the sha256, of others git's digest."""
+    if entry is None:
+        return False
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == file_sha256(file)
+    content = file.read_bytes()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def _standing(what_is_there: str) -> Iterator[None]:
+    """Let every failure say what is on the Hub now."""
+    try:
+        yield
+    except HubError as error:
+        raise HubError(f"{error}; {what_is_there}", error.status) from None
+    except (InputError, ParityError) as error:
+        raise type(error)(f"{error}; {what_is_there}") from None
+    except OSError as error:
+        raise OSError(f"{error}; {what_is_there}") from None

@@ -1,0 +1,340 @@
+"""Publishing over HTTP: what is on the Hub after it, and after whatever went wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import READ, WRITE, HubServer, Repo
+from torch import nn
+
+import sdzoo
+from sdzoo.calibration import calibrate_batchnorm
+from sdzoo.cli import main
+from sdzoo.errors import InputError, ParityError
+from sdzoo.hub.layout import read_sums
+from sdzoo.hub.publish import Published, publish
+from sdzoo.hub.remote import HubError
+from sdzoo.training.checkpoint import describe, load_model, save_weights
+
+REPO = "org/sd_resnet20.colours"
+Publish = Callable[..., Published]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a small checkpoint, which is quick to publish. Read only."""
+    model = timm.create_model("sd_resnet20", num_classes=3, drop_path_rate=0.4)
+    calibrate_batchnorm(model, [torch.randn(8, 3, 32, 32)])
+    file = tmp_path_factory.mktemp("checkpoint") / "net.safetensors"
+    save_weights(file, model, describe(model.eval(), ()))
+    return file
+
+
+@pytest.fixture
+def put(hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Return the publisher of ``checkpoint`` to ``REPO``, logged in."""
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    return lambda **options: publish(checkpoint, REPO, **{"license": "mit", "no_metrics": True} | options)
+
+
+def commits(hub: HubServer) -> int:
+    return sum(endpoint == "commit" for endpoint, _ in hub.asked)
+
+
+def visible(hub: HubServer, repo: str = REPO) -> set[str]:
+    """Return what the main branch shows, hidden files left out."""
+    held = hub.repos[repo]
+    return {name for name in held.commits[held.branches["main"]] if not name.startswith(".")}
+
+
+def test_a_run_goes_there_and_comes_back(
+    hub: HubServer, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    assert main(["publish", str(run), "--repo", REPO, "--license", "apache-2.0", "--onnx", "--private"]) == 0
+    held = hub.repos[REPO]
+    oid = held.tags["v1.0"]
+    assert held.private and held.branches["main"] == oid and commits(hub) == 1
+    out = capsys.readouterr().out
+    assert f"done: {REPO}, v1.0 is commit {oid}\nnext: sdzoo verify hub:{REPO}" in out
+    sums = read_sums(held.commits[oid]["SHA256SUMS"].decode())
+    for name, digest in sums.items():
+        assert re.search(rf"^ *[\d,]+ {digest[:12]}  {re.escape(name)}$", out, re.MULTILINE)
+    assert visible(hub) == {*sums, "SHA256SUMS"}
+    assert {"training_curve.png", "model.onnx", "recipe_resolved.yaml"} <= visible(hub)
+    # timm's own way in another process, with nothing cached
+    code = (
+        "import sys, sdzoo, timm, torch\n"
+        f"model = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()\n"
+        "torch.save(model(torch.load(sys.argv[1])), sys.argv[2])"
+    )
+    images = torch.randn(4, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    environment = hub.environment(tmp_path / "other_cache", WRITE) | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "images.pt", tmp_path / "logits.pt"], env=environment, check=True
+    )
+    expected = load_model(run / "best.safetensors")(images)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    assert torch.equal(sdzoo.load_hub(f"{REPO}@v1.0")(images), expected)
+
+
+def test_more_than_ten_megabytes_go_there_and_come_back(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    model = timm.create_model("sd_wide_resnet16_4")
+    calibrate_batchnorm(model, [torch.randn(2, 3, 32, 32)])
+    save_weights(tmp_path / "wide.safetensors", model, describe(model.eval(), ()))
+    done = publish(tmp_path / "wide.safetensors", "org/wide", license="mit", no_metrics=True)
+    assert done.commit is not None and done.commit == hub.repos["org/wide"].tags["v1.0"]
+    assert len(hub.repos["org/wide"].commits[done.commit]["model.safetensors"]) > 10e6
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(sdzoo.load_hub("org/wide")(images), model(images))
+
+
+def test_again_changes_nothing(hub: HubServer, put: Publish) -> None:
+    assert put() == put() == put(pr=True)
+    assert commits(hub) == 1 and len(hub.repos[REPO].commits) == 2, "the first one is the empty repository"
+    said: list[str] = []
+    assert put(tag="v1.1", progress=said.append).commit == hub.repos[REPO].tags["v1.1"] == hub.repos[REPO].tags["v1.0"]
+    assert commits(hub) == 1 and f"main of {REPO} holds these files already" in said
+
+
+def test_an_existing_repository_is_filled_and_what_an_earlier_version_left_is_removed(
+    hub: HubServer, put: Publish
+) -> None:
+    hub.add(REPO, {".gitattributes": b"", "model.onnx": b"old", "README.md": b"old"})
+    said: list[str] = []
+    put(progress=said.append)
+    assert visible(hub) == {"model.safetensors", "config.json", "README.md", "eval_results.json", "SHA256SUMS"}
+    assert f"committing 5 files to main of {REPO}, replacing README.md, removing model.onnx" in said
+
+
+def test_a_dry_run_asks_nobody_and_writes_nothing(
+    hub: HubServer, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["publish", str(checkpoint), "--no-metrics", "--license", "mit", "--dry-run"]
+    assert main([*given, "--repo", REPO]) == 0
+    out = capsys.readouterr().out
+    assert f"to {REPO}, branch main, then the tag v1.0, public if it is new, license mit:" in out
+    assert "model.safetensors" in out and f"next: sdzoo publish {checkpoint}" in out and "--dry-run" not in out
+    assert main([*given, "--to", str(tmp_path / "zoo")]) == 0
+    assert not hub.asked and not hub.repos and not (tmp_path / "zoo").exists()
+
+
+def test_into_a_folder(hub: HubServer, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "zoo"
+    assert main(["publish", str(checkpoint), "--no-metrics", "--license", "mit", "--to", str(out)]) == 0
+    assert f"done: {out}\nnext: sdzoo verify local-dir:{out}" in capsys.readouterr().out and not hub.asked
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(sdzoo.load_hub(out)(images), load_model(checkpoint)(images))
+
+
+def test_a_pull_request_leaves_main_and_has_its_tag_later(
+    hub: HubServer, checkpoint: Path, put: Publish, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add(REPO, {".gitattributes": b""})
+    given = ["publish", str(checkpoint), "--no-metrics", "--license", "mit", "--repo", REPO]
+    assert main([*given, "--pr"]) == 0
+    assert "next, once it is merged: sdzoo publish" in (out := capsys.readouterr().out)
+    assert "--pr" not in out.partition("next")[2] and "adds the tag v1.0" in out
+    held = hub.repos[REPO]
+    assert not held.tags and not visible(hub) and held.branches.keys() == {"main", "refs/pr/1"}
+    assert put(pr=True) == Published(None, held.branches["refs/pr/1"], None, "refs/pr/1"), "none is opened twice"
+    held.branches["main"] = held.branches["refs/pr/1"]  # merged
+    assert put().tag == "v1.0" and held.tags["v1.0"] == held.branches["main"]
+    assert commits(hub) == 1
+
+
+def change(hub: HubServer) -> None:
+    """Somebody else commits."""
+    held = hub.repos[REPO]
+    held.commit(held.commits[held.branches["main"]] | {"README.md": b"theirs"})
+
+
+def test_a_commit_of_someone_else_in_between_is_not_overwritten(hub: HubServer, put: Publish) -> None:
+    hub.interfere["commit"] = lambda: change(hub)
+    with pytest.raises(
+        HubError, match=r"changed by someone else meanwhile.*no commit to .* was confirmed.*same command"
+    ):
+        put()
+    assert visible(hub) == {"README.md"} and not hub.repos[REPO].tags
+    assert put().tag == "v1.0"
+
+
+def fails_at(endpoint: str, status: int = 500) -> Callable[[HubServer], None]:
+    def set_up(hub: HubServer) -> None:
+        hub.interfere[endpoint] = lambda: status
+
+    return set_up
+
+
+def cut(hub: HubServer) -> None:
+    hub.cut_uploads = 1000
+
+
+BEFORE, AFTER = "no commit to .* was confirmed, so it shows what it did before", "commit [0-9a-f]{40} is on main of"
+BREAKS: dict[str, tuple[Callable[[HubServer], Any], str, bool]] = {
+    "upload cut": (cut, BEFORE, False),
+    "commit": (fails_at("commit"), f"answered 500.*{BEFORE}", False),
+    "upload refused": (fails_at("batch", 403), BEFORE, False),
+    "tag": (fails_at("tag"), f"answered 500.*{AFTER} .*without the tag v1.0", True),
+    "damaged on the way back": (lambda hub: setattr(hub, "flips", 99), f"what came back from .*model.*{AFTER}", True),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_after_a_failure_the_error_says_what_is_there_and_again_completes(
+    what: str, hub: HubServer, put: Publish
+) -> None:
+    break_it, message, there = BREAKS[what]
+    break_it(hub)
+    with pytest.raises((HubError, ParityError, InputError), match=f"{message}.*; run the same command again"):
+        put()
+    assert not hub.repos[REPO].tags and bool(visible(hub)) == there
+    hub.cut_uploads, hub.flips = None, 0
+    before = commits(hub)
+    assert put().commit == hub.repos[REPO].tags["v1.0"]
+    assert commits(hub) == before + (not there)
+
+
+def test_what_the_hub_holds_is_compared(hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Repo.commit
+
+    def otherwise(repo: Repo, files: dict[str, bytes], branch: str = "main") -> str:
+        return commit(repo, files | ({"config.json": b"{}"} if "config.json" in files else {}), branch)
+
+    monkeypatch.setattr(Repo, "commit", otherwise)
+    with pytest.raises(ParityError, match=r"does not hold what was sent: config\.json; commit .* without the tag"):
+        put()
+    assert not hub.repos[REPO].tags
+
+
+def test_what_comes_back_is_computed_with(hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(folder: Path, model: nn.Module) -> None:
+        assert (folder / "config.json").is_file()
+        raise ParityError("logits differ")
+
+    monkeypatch.setattr("sdzoo.hub.publish.check_loads", fails)
+    with pytest.raises(ParityError, match=r"logits differ; commit .* without the tag"):
+        put()
+    assert not hub.repos[REPO].tags
+
+
+def test_a_tag_is_never_moved(hub: HubServer, put: Publish) -> None:
+    held = hub.add(REPO, {".gitattributes": b""})
+    held.tags["v1.0"] = held.branches["main"]
+    with pytest.raises(
+        InputError, match=r"has the tag v1.0 already, on commit .* never moved; name another with --tag"
+    ):
+        put()
+    assert commits(hub) == 0 and not visible(hub)
+    assert put(tag="v2.0").tag == "v2.0"
+
+    def taken() -> None:
+        held.tags["v3.0"] = next(iter(held.commits))
+
+    hub.interfere["tag"] = taken  # between the look and the tag
+    with pytest.raises(InputError, match=r"has the tag v3.0 already.*without the tag v3.0"):
+        put(tag="v3.0")
+
+
+def test_a_tag_that_came_about_meanwhile_on_the_same_commit_is_fine(hub: HubServer, put: Publish) -> None:
+    def tagged() -> None:
+        hub.repos[REPO].tags["v1.0"] = hub.repos[REPO].branches["main"]
+
+    hub.interfere["tag"] = tagged
+    assert put().tag == "v1.0"
+
+
+@pytest.mark.parametrize(
+    ("token", "message"), [(None, "log in with: hf auth login"), (READ, "your token may not do that")]
+)
+def test_without_the_right_token(
+    token: str | None, message: str, hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {".gitattributes": b""})
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match=message):
+        put()
+    assert not visible(hub) and not hub.repos[REPO].tags
+
+
+def test_a_hub_that_is_away(hub: HubServer, put: Publish) -> None:
+    hub.close()
+    with pytest.raises(HubError, match="cannot be reached"):
+        put()
+
+
+def test_a_repository_of_other_things_is_left_alone(hub: HubServer, put: Publish) -> None:
+    hub.add(REPO, {".gitattributes": b"", "pytorch_model.bin": b"pickle", "src/train.py": b""})
+    with pytest.raises(InputError, match=r"holds other files: pytorch_model.bin, src/train.py; what is published"):
+        put()
+    assert visible(hub) == {"pytorch_model.bin", "src/train.py"}
+
+
+def test_a_public_repository_does_not_become_private(hub: HubServer, put: Publish) -> None:
+    hub.add(REPO, {".gitattributes": b""})
+    with pytest.raises(InputError, match="is there already and public"):
+        put(private=True)
+    with pytest.raises(InputError, match="has no branch next; it has: main"):
+        put(revision="next")
+    hub.repos[REPO].branches["next"] = hub.repos[REPO].branches["main"]
+    assert put(revision="next").commit == hub.repos[REPO].branches["next"]
+    assert not visible(hub)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({"repo": bad}, "is no repository; it is ORG/NAME")
+            for bad in ("net", "a/b/c", "a/..", "a/b--c", "a/-b", "")
+        ),
+        ({"repo": "a/b.git"}, "is no repository"),
+        ({"repo": "a/" + "b" * 95}, "at most 96"),
+        ({"repo": None}, "name one place to publish to"),
+        ({"to": "zoo"}, "name one place to publish to"),
+        ({"license": "My Own"}, 'license is "My Own"; name it as the Hub does: apache-2.0'),
+        ({"tag": "v 1"}, 'tag "v 1" is not a name'),
+        ({"tag": "a" * 40}, "is not a name"),
+        ({"tag": "refs/heads/x"}, "is not a name"),
+        ({"revision": "../x"}, 'revision "../x" is not a name'),
+        ({"pr": True, "revision": "next"}, "a pull request goes to main"),
+        ({"no_metrics": False}, "is a checkpoint without its run"),
+    ],
+)
+def test_what_is_asked_is_checked_first(
+    options: dict[str, Any], message: str, hub: HubServer, put: Publish, checkpoint: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        publish(checkpoint, **{"repo": REPO, "license": "mit", "no_metrics": True} | options)
+    assert not hub.asked
+
+
+def test_the_licence_is_asked_for(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["publish", str(checkpoint), "--repo", REPO])
+    assert "--license" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("SDZOO_HUB_TEST_REPO") and os.environ.get("HF_TOKEN")),
+    reason="not run: publishes to the real Hub; name a repository in SDZOO_HUB_TEST_REPO, with HF_TOKEN",
+)
+def test_the_real_hub(checkpoint: Path) -> None:
+    repo = os.environ["SDZOO_HUB_TEST_REPO"]
+    done = publish(checkpoint, repo, license="mit", no_metrics=True, private=True, tag="test")
+    assert publish(checkpoint, repo, license="mit", no_metrics=True, tag="test") == done
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(sdzoo.load_hub(f"{repo}@test")(images), load_model(checkpoint)(images))
