@@ -200,10 +200,9 @@ class Run:
             "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
             "data": f"{self.training_data.fingerprint} {self.validation_data.fingerprint}",
         }
-        rank = self.team.shard.rank
         for what, digest in mine.items():
-            given = self.team.union({str(rank): digest})
-            if others := sorted(int(other) for other, theirs in given.items() if theirs != given["0"]):
+            leaders, *_ = given = self.team.gather(digest)
+            if others := [rank for rank, theirs in enumerate(given) if theirs != leaders]:
                 said = ", ".join(map(str, others))
                 raise InputError(f"the {what} of process {said} differs from that of process 0; all take the same")
 
