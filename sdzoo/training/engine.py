@@ -34,7 +34,7 @@ from sdzoo.training.model import create_model
 from sdzoo.training.profiling import profiler_into, tensorboard_writer
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.run_folder import EPOCH_COLUMNS, RunFolder, StepLog
-from sdzoo.training.signals import stop_on_signal
+from sdzoo.training.signals import sigterm_raises, stop_on_signal
 from sdzoo.training.step import Diverged, Step, Trainer
 from sdzoo.training.streams import stream_seed
 
@@ -119,6 +119,7 @@ def train(
         require("tensorboard")
     folder = RunFolder(Path(output))
     with ExitStack() as stack:
+        stack.enter_context(sigterm_raises(Interrupted("terminated before the first step")))
         stack.enter_context(lost_workers_named())
         team = stack.enter_context(processes(device, comforts.advice))
         stack.enter_context(deterministic(team.device))
