@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test slow test-gpu check clean
 
@@ -7,10 +8,10 @@ demo: .venv/installed
 	$(BIN)/sdzoo demo -o demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore=tests/export_kits/test_browser.py
+	$(PYTEST) -m "not slow and not gpu" --ignore=tests/export_kits/test_browser.py
 
 slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-gpu: .venv/installed
 	$(BIN)/python tests/gpu

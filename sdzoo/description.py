@@ -38,6 +38,7 @@ def check_description(description: Mapping[str, Any]) -> None:
         "crop_pct": lambda v: type(v) in (int, float) and 0 < v <= 1,
         "crop_mode": lambda v: v in ("center", "squash", "border"),
         "mode": lambda v: v in MODES,
+        "license": lambda v: isinstance(v, str) and v.isprintable() and len(v) <= 100,
         "labels": lambda v: v is None or (_list(v) and all(isinstance(n, str) for n in v) and len(v) in labels_fit),
         "model_kwargs": lambda v: isinstance(v, dict) and all(k in ARCHITECTURE and _plain(w) for k, w in v.items()),
         "precision": lambda v: v in ("fp32", "fp16", "int8"),

@@ -15,7 +15,7 @@ ROOT = Path(sdzoo.__file__).parent
 
 # From the bottom up. A module may import from its own line too, but not in a circle; a package means all in it.
 LAYERS: list[set[str]] = [
-    {"errors", "files", "schedule", "extras"},
+    {"errors", "files", "schedule", "extras", "hardware"},
     {"digest", "gate", "parity", "calibration", "macs"},
     {"branch_ends", "fold", "residual", "blocks", "timm_blocks", "stochastic_depth", "survival"},
     {"weights", "images", "image_folder", "assets", "registry", "description", "builder"},

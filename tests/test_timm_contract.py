@@ -75,9 +75,8 @@ def each(argument: str, slow: Collection[str] = (), names: Collection[str] = NAM
     return pytest.mark.parametrize(argument, params, indirect=argument == "shared", scope=scope)
 
 
-every_name = each("name")
-every_net = each("shared")
-deep_names_slow = each("name", slow=DEEP)
+every_name = each("name", slow=DEEP)
+every_net = each("shared", slow=DEEP)
 big_nets_slow = each("shared", slow=BIG)
 small_nets_fast = each("shared", slow=set(NAMES) - set(SMALL))
 small_names_fast = each("name", slow=set(NAMES) - set(SMALL))
@@ -170,7 +169,7 @@ def test_attributes_that_timm_reads(name: str) -> None:
     assert not any("survival" in key for key, _ in model.named_parameters())
 
 
-@deep_names_slow
+@every_name
 def test_arguments_that_nothing_takes_are_refused_by_name(name: str) -> None:
     with pytest.raises(TypeError, match="schedul"):
         timm.create_model(name, device="meta", schedul="uniform")
@@ -377,7 +376,7 @@ def test_a_new_classifier_has_the_dtype_and_the_mode_of_the_net(net: Net) -> Non
     assert all(module.training for module in net.modules())
 
 
-@deep_names_slow
+@every_name
 def test_no_classes_and_no_pooling_at_creation(name: str) -> None:
     images = torch.empty(2, 3, 64, 64, device="meta")
     pooled: Net = timm.create_model(name, num_classes=0, device="meta")
@@ -477,7 +476,7 @@ def feature_maps(model: Net, images: Tensor) -> list[Tensor]:
     return list(out.values()) if isinstance(out, dict) else list(out)
 
 
-@deep_names_slow
+@every_name
 def test_features_have_the_channels_and_reductions_they_say(name: str) -> None:
     channels, blocks = ZOO[name]
     with torch.device("meta"):

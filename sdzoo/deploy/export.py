@@ -14,7 +14,7 @@ from torch import nn
 from sdzoo.deploy.card import NAME, NOT_RUN, Card, digests
 from sdzoo.deploy.onnx_export import RUNTIME, OnnxFile, Settings, build_onnx, verification_images
 from sdzoo.deploy.precision import MAX_DROP_POINTS
-from sdzoo.deploy.tensorrt_builder import find_flavour
+from sdzoo.deploy.tensorrt_builder import find_builder
 from sdzoo.deploy.verification import LARGEST_BATCH
 from sdzoo.deploy.verify import verify_engine
 from sdzoo.errors import InputError, nearest
@@ -56,7 +56,7 @@ def export(
         images: A folder of real pictures to compare on; fp16 takes at least 1000, int8 class folders.
         calibration: A folder of at least 256 other pictures, for int8.
         max_drop: Top-1 that int8 may lose, in points.
-        backend: What computes at the target; default: the first of ``BACKENDS``, or which TensorRT is installed.
+        backend: What computes at the target; default: the first of ``BACKENDS``, or the TensorRT that compiles here.
         progress: Called with what is being done.
 
     Raises:
@@ -111,7 +111,7 @@ def _backend(target: str, backend: str | None) -> str:
     if target == "triton":
         require("tritonclient", "grpc")
     if target == "tensorrt":
-        return find_flavour(backend or "auto").name
+        return find_builder(backend or "auto").name
     return backend or next(iter(BACKENDS[target]))
 
 

@@ -19,6 +19,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,27 @@ def find_flavour(name: str = "auto") -> Flavour:
     raise MissingExtra(f"{', '.join(reasons)}; install with: {commands}")
 
 
+def find_builder(name: str = "auto") -> Flavour:
+    """Return the TensorRT called ``name`` if it compiles here; ``auto``: one that does, TensorRT before the other.
+
+    Raises:
+        InputError: for another name, or if it compiles on a GPU and there is none.
+        MissingExtra: as for :func:`find_flavour`.
+    """
+    if find_gpu() is not None:
+        return find_flavour(name)
+    if name == "auto":
+        with suppress(MissingExtra):
+            return find_flavour("tensorrt-rtx")
+    found = find_flavour(name)
+    if found.name == "tensorrt":
+        raise InputError(
+            f"{found} compiles on the GPU that will run the engine, and there is none here; "
+            "tensorrt-rtx compiles without one"
+        )
+    return found
+
+
 def find_gpu() -> Gpu | None:
     """Return the first GPU that programs may use here (``CUDA_VISIBLE_DEVICES``), None without GPU or driver."""
     try:
@@ -171,7 +193,7 @@ def build_engine(
         onnx: The file's content: one input whose first dimension, the batch, is dynamic.
         path: The file to write.
         batch: Smallest, best and largest batch.
-        flavour: As for :func:`find_flavour`.
+        flavour: As for :func:`find_builder`.
 
     Raises:
         InputError: with TensorRT's own words, if it cannot parse or compile the file; if ``batch`` is not in order, or
@@ -180,13 +202,8 @@ def build_engine(
     """
     if len(batch) != 3 or not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise InputError(f"batch is {batch}; give smallest, best and largest, each at least 1 and as large as the last")
-    found, gpu = find_flavour(flavour), find_gpu()
+    found, gpu = find_builder(flavour), find_gpu()
     targets = RTX_TARGETS if found.name == "tensorrt-rtx" else ()
-    if not targets and gpu is None:
-        raise InputError(
-            f"{found} compiles on the GPU that will run the engine, and there is none here; "
-            "tensorrt-rtx compiles without one"
-        )
     with atomic_path(path) as temporary:
         plan, layers = _compile(found, onnx, batch, targets)
         temporary.write_bytes(plan)

@@ -26,6 +26,7 @@ KEYS = {
 }
 SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "label_offset"}
 CFG_KEYS = {field.name for field in dataclasses.fields(PretrainedCfg)} - SOURCES
+OF_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "license")
 MODEL_ARGS = {*ARCHITECTURE, *SURVIVAL_SETTINGS, "mode", "drop_rate", "num_classes", "in_chans"}
 
 
@@ -94,7 +95,7 @@ def _described(config: dict[str, Any]) -> dict[str, Any]:
         "num_classes": _agreed("num_classes", config, cfg, arguments),
         "in_chans": _agreed("in_chans", {"in_chans": size[0] if isinstance(size, list) and size else 3}, arguments),
         "model_kwargs": {name: value for name, value in arguments.items() if name in ARCHITECTURE},
-        **{name: cfg[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct") if name in cfg},
+        **{name: cfg[name] for name in OF_CFG if cfg.get(name) is not None},
         **({"mode": arguments["mode"]} if "mode" in arguments else {}),
         **({"labels": labels} if labels else {}),
     }

@@ -166,7 +166,8 @@ def described_model(description: Mapping[str, Any], source: str) -> nn.Module:
         check_description(description)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    overlay = {name: description[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in description}
+    named = ("mean", "std", "interpolation", "crop_pct", "license")
+    overlay: dict[str, Any] = {name: description[name] for name in named if name in description}
     overlay |= {"input_size": tuple(description["input_size"])} if "input_size" in description else {}
     overlay |= {"label_names": tuple(description["labels"]), "tag": ""} if "labels" in description else {}
     given = {name: description[name] for name in ("num_classes", "in_chans", "mode") if name in description}

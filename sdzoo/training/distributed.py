@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sdzoo.errors import InputError
 from sdzoo.training import heartbeat
+
+T = TypeVar("T")
 
 # A process that died is noticed at once by those that wait for it, by its closed connection; one that was stopped, or
 # whose machine is gone, by its heartbeat. What is left is one that beats and never comes: it is given up after this.
@@ -66,12 +68,16 @@ class Processes:
 
     def union(self, part: dict[str, str]) -> dict[str, str]:
         """Return the entries of all processes' ``part``; each must call it, in the same order."""
+        return {name: value for each in self.gather(part) for name, value in each.items()}
+
+    def gather(self, own: T) -> list[T]:
+        """Return what each process calls it with, by rank; each must call it, in the same order."""
         if not self.many:
-            return part
-        parts: list[Any] = [None] * self.shard.world
+            return [own]
+        everyones: list[Any] = [None] * self.shard.world
         with lost_processes_named(self.shard):
-            dist.all_gather_object(parts, part, group=self.patient)
-        return {name: value for each in parts for name, value in each.items()}
+            dist.all_gather_object(everyones, own, group=self.patient)
+        return everyones
 
     def from_leader(self, content: bytes | None) -> bytes | None:
         """Return the first process's ``content``, or None if it has none; each must call it, in the same order."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -31,11 +28,13 @@ from sdzoo.training.data.streaming import lost_workers_named
 from sdzoo.training.distributed import Processes, Shard, processes
 from sdzoo.training.environment import deterministic, differences, environment
 from sdzoo.training.evaluate import evaluate
+from sdzoo.training.identity import Identity
 from sdzoo.training.model import create_model
 from sdzoo.training.profiling import profiler_into, tensorboard_writer
+from sdzoo.training.progress import Progress
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.run_folder import EPOCH_COLUMNS, RunFolder, StepLog
-from sdzoo.training.signals import stop_on_signal
+from sdzoo.training.signals import sigterm_raises, stop_on_signal
 from sdzoo.training.step import Diverged, Step, Trainer
 from sdzoo.training.streams import stream_seed
 
@@ -44,31 +43,6 @@ CHECKPOINT_INTERVAL_S = 300.0
 
 class Interrupted(RuntimeError):
     """The run was asked to stop, and has saved itself."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; everything else follows from the recipe, the data and the weights."""
-
-    epoch: int = 0
-    step: int = 0  # optimizer steps since the start of the run
-    batch: int = 0  # optimizer steps done in this epoch
-    loss_sum: float = 0.0  # over those of them whose loss was finite, which under AMP not all need be
-    losses: int = 0
-    live_sum: int = 0
-    gradient_sum: float = 0.0  # as for the loss
-    gradients: int = 0
-    data_s: float = 0.0  # over all sessions of the run: waiting for data,
-    step_s: float = 0.0  # forward, backward and update,
-    log_s: float = 0.0  # logs and checkpoints,
-    validation_s: float = 0.0
-    best_epoch: int = 0
-    best_top1_percent: float = -1.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training and validation, over all sessions of the run."""
-        return self.data_s + self.step_s + self.log_s + self.validation_s
 
 
 @dataclass(frozen=True)
@@ -120,6 +94,7 @@ def train(
         require("tensorboard")
     folder = RunFolder(Path(output))
     with ExitStack() as stack:
+        stack.enter_context(sigterm_raises(Interrupted("terminated before the first step")))
         stack.enter_context(lost_workers_named())
         team = stack.enter_context(processes(device, comforts.advice))
         stack.enter_context(deterministic(team.device))
@@ -161,7 +136,6 @@ class Run:
         self.recipe, self.data_dir, self.folder, self.team, self.comforts = recipe, data_dir, folder, team, comforts
         torch.manual_seed(stream_seed(recipe.seed, "init"))
         model = create_model(recipe)
-        self.blocks = len(gates(model))
         self.config = input_config(model)
         with team.leader_first():
             self.training_data = open_training_data(recipe, data_dir, self.config, team.shard, team.device)
@@ -171,6 +145,15 @@ class Run:
         self._check_data(model, self.training_data, self.validation_data, self.test_data)
         self.description = describe(model, self.training_data.classes)
         check_description(self.description)
+        team.meet()  # all have read their data; what these are known by is computed here, while nobody is hurried
+        self.identity = Identity(
+            recipe=dataclasses.asdict(recipe),
+            data_sha256=self.training_data.fingerprint,
+            validation_data_sha256=self.validation_data.fingerprint,
+            survival_probs=[gate.p for gate in gates(model)],
+            world=team.shard.world,
+            data_dir=data_dir,
+        )
         self._check_processes_agree()
         self.trainer = Trainer(recipe, model, self.training_data.steps, team)
         self.progress = Progress()
@@ -190,21 +173,10 @@ class Run:
             raise InputError(f"{self.data_dir} has {len(training.classes)} classes, the model {model.num_classes}")
 
     def _check_processes_agree(self) -> None:
-        """Wait until all processes have read their data, and compare what they were given: from now on they go in step.
-
-        On several machines each has its own copy of the recipe and of the data. What the data are known by is computed
-        here, while nobody is hurried, and not at the first checkpoint.
-        """
-        self.team.meet()
-        recipe = dataclasses.asdict(self.recipe) | {"data_dir": None}
-        mine = {
-            "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-            "data": f"{self.training_data.fingerprint} {self.validation_data.fingerprint}",
-        }
-        rank = self.team.shard.rank
-        for what, digest in mine.items():
-            given = self.team.union({str(rank): digest})
-            if others := sorted(int(other) for other, theirs in given.items() if theirs != given["0"]):
+        # On several machines each has its own copy of the recipe and of the data. From here on they go in step.
+        for what, digest in self.identity.digests().items():
+            given = self.team.gather(digest)
+            if others := [rank for rank, theirs in enumerate(given) if theirs != given[0]]:
                 said = ", ".join(map(str, others))
                 raise InputError(f"the {what} of process {said} differs from that of process 0; all take the same")
 
@@ -263,7 +235,7 @@ class Run:
                 progress.step_s += done - started - waited
                 left_s = (done - begun) / (progress.step - done_before) * (trainer.epochs * steps - progress.step)
                 bar.set_postfix_str(
-                    f"loss {_mean(progress.loss_sum, progress.losses):.3f}, live blocks {step.live_blocks}, "
+                    f"loss {progress.mean_loss:.3f}, live blocks {step.live_blocks}, "
                     f"run {tqdm.format_interval(left_s)} left",
                     refresh=False,
                 )
@@ -284,15 +256,7 @@ class Run:
 
     def _count(self, step: Step) -> None:
         progress = self.progress
-        progress.batch += 1
-        progress.step += 1
-        if math.isfinite(step.loss):
-            progress.loss_sum += step.loss
-            progress.losses += 1
-        if math.isfinite(step.first_conv_gradient):
-            progress.gradient_sum += step.first_conv_gradient
-            progress.gradients += 1
-        progress.live_sum += step.live_blocks
+        progress.count(step.loss, step.live_blocks, step.first_conv_gradient)
         if self.step_log:
             self.step_log.add(
                 progress.step, progress.epoch + 1, step.lr, step.loss, step.live_blocks, step.first_conv_gradient
@@ -314,20 +278,19 @@ class Run:
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "lr": trainer.optimizer.param_groups[0]["lr"],
-            "train_loss": round(_mean(progress.loss_sum, progress.losses), 5),
-            "live_blocks": round(progress.live_sum / progress.batch, 3),
+            "train_loss": round(progress.mean_loss, 5),
+            "live_blocks": round(progress.mean_live_blocks, 3),
             "seconds": round(progress.seconds, 1),
             "val_loss": round(validation.loss, 5),
             "val_top1_percent": round(validation.top1_percent, 3),
-            "first_conv_gradient": float(f"{_mean(progress.gradient_sum, progress.gradients):.6g}"),
+            "first_conv_gradient": float(f"{progress.mean_gradient:.6g}"),
         }
         self.rows.append(row)
         is_best = validation.top1_percent > progress.best_top1_percent
         if is_best:
             progress.best_epoch, progress.best_top1_percent = progress.epoch + 1, validation.top1_percent
         progress.epoch += 1
-        progress.batch = progress.losses = progress.gradients = progress.live_sum = 0
-        progress.loss_sum = progress.gradient_sum = 0.0
+        progress.start_epoch()
         if self.team.leads:
             if is_best:
                 save_weights(self.folder.best, trainer.kept, self.description | row)
@@ -340,7 +303,7 @@ class Run:
             print(
                 f"epoch {row['epoch']}/{trainer.epochs}: loss {row['train_loss']:.3f}, "
                 f"val top-1 {validation.top1_percent:.2f} % ({best}), "
-                f"live blocks {row['live_blocks']:.2f} of {self.blocks}, {row['seconds']:.0f} s",
+                f"live blocks {row['live_blocks']:.2f} of {len(self.identity.survival_probs)}, {row['seconds']:.0f} s",
                 flush=True,
             )
         progress.log_s += time.perf_counter() - started
@@ -370,9 +333,9 @@ class Run:
                     "val": self.validation_data.images,
                     "test": test and test.images,
                 },
-                "blocks": self.blocks,
-                "final_survival_prob": self.trainer.probs[-1],
-                "survival_probs": self.trainer.probs,
+                "blocks": len(self.identity.survival_probs),
+                "final_survival_prob": self.identity.survival_probs[-1],
+                "survival_probs": self.identity.survival_probs,
                 "best_epoch": progress.best_epoch,
                 "val_top1_percent": progress.best_top1_percent,
                 "test_top1_percent": test and test.top1_percent,
@@ -404,18 +367,12 @@ class Run:
             return
         assert self.step_log is not None
         self.step_log.flush()
-        recipe = dataclasses.asdict(self.recipe)
-        state = self.description | self.trainer.state()
+        state = self.description | self.trainer.state() | self.identity.record()
         state |= {
             "epoch": self.progress.epoch,
             "metric": self.progress.best_top1_percent,
             "global_step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
-            "recipe": recipe,
-            # a record, as the state of lr_scheduler and draw_probs: a resumed run compares recipe, and computes those
-            "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-            "data_sha256": self.training_data.fingerprint,
-            "validation_data_sha256": self.validation_data.fingerprint,
             "environment": self.environment,
             "rows": self.rows,
             "corrupt": self.corrupt | self.training_data.corrupt,
@@ -444,8 +401,8 @@ class Run:
 
     def _take_up(self, weights: dict[str, Tensor], rest: dict[str, Any], force: bool) -> None:
         last = self.folder.last
-        faults = self._other_run(rest, [float(p) for name, p in weights.items() if name.endswith("survival_prob")])
-        if faults and not force:
+        probs = [float(p) for name, p in weights.items() if name.endswith("survival_prob")]
+        if (faults := self.identity.differences(rest, probs)) and not force:
             raise InputError(f"{last} is from another run: {'; '.join(faults)}; --force goes on all the same")
         if self.team.leads and (other := differences(rest["environment"], self.environment)):
             print(f"not bit for bit from here on: {'; '.join(other)}", flush=True)
@@ -460,29 +417,8 @@ class Run:
             self.progress.best_epoch, self.progress.best_top1_percent = 0, -1.0
         steps = self.training_data.steps
         if rest.get("steps_per_epoch", steps) != steps:  # forced onto other data: from the start of the epoch
-            self.progress.batch = self.progress.losses = self.progress.gradients = self.progress.live_sum = 0
-            self.progress.loss_sum = self.progress.gradient_sum = 0.0
+            self.progress.start_epoch()
             self.progress.step = self.progress.epoch * steps
-
-    def _other_run(self, rest: dict[str, Any], probs: list[float]) -> list[str]:
-        """Return how the checkpoint's recipe, schedule, seed, data and processes differ from this run's."""
-        theirs, ours = rest["recipe"], dataclasses.asdict(self.recipe)
-        faults = [
-            f"{name} was {theirs.get(name)}, is {ours.get(name)}"
-            for name in sorted(ours.keys() | theirs.keys())
-            if ours.get(name) != theirs.get(name)
-        ]
-        if probs != self.trainer.probs:
-            faults.append("it was trained with other survival probabilities than the recipe's")
-        if (rest.get("data_sha256"), rest.get("validation_data_sha256")) != (
-            self.training_data.fingerprint,
-            self.validation_data.fingerprint,
-        ):
-            faults.append(f"the data is not what it was trained on ({self.data_dir})")
-        before = rest.get("environment", {}).get("world")
-        if before != self.team.shard.world:
-            faults.append(f"it ran in {before} processes, now {self.team.shard.world}: the global batch is another")
-        return faults
 
 
 class _Timed:
@@ -500,7 +436,3 @@ class _Timed:
         item = next(self._items)
         self.waited_s += time.perf_counter() - started
         return item
-
-
-def _mean(total: float, count: int) -> float:
-    return total / count if count else math.nan

@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 from sdzoo import __version__
+from sdzoo.hardware import processor
 from sdzoo.training.distributed import Processes
 from sdzoo.training.recipe import Recipe
 
@@ -26,7 +27,7 @@ def environment(recipe: Recipe, team: Processes) -> dict[str, Any]:
         "sdzoo": __version__,
         "python": platform.python_version(),
         **{module.__name__: str(module.__version__) for module in (torch, torchvision, timm, np, PIL)},
-        "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "world": team.shard.world,

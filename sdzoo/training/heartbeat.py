@@ -15,7 +15,7 @@ from contextlib import suppress
 import torch.distributed as dist
 
 BEAT_S = 2.0
-SILENCE_S = 40.0  # after this long a process is given up; the others have left within a minute
+SILENCE_S = 30.0  # then a process is given up; a machine that is itself held up meanwhile still leaves within a minute
 LEFT = b"left"
 
 

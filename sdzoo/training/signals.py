@@ -31,3 +31,20 @@ def stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sigterm_raises(error: Exception) -> Iterator[None]:
+    """Let SIGTERM raise ``error`` in the main thread, where it would end the process without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raise_error(*_: Any) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGTERM, raise_error)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

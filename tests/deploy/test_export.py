@@ -387,6 +387,16 @@ def test_without_any_tensorrt(classifier: Net, tmp_path: Path, machine: Callable
     assert os.listdir(tmp_path) == []
 
 
+def test_tensorrt_that_cannot_compile_here_is_refused_before_anything_slow(
+    classifier: Net, tmp_path: Path, machine: Callable[..., None]
+) -> None:
+    machine(None, tensorrt="11.4.0.106")
+    said: list[str] = []
+    with pytest.raises(InputError, match="there is none here; tensorrt-rtx compiles without one"):
+        export(classifier, "tensorrt", tmp_path / "out", progress=said.append)
+    assert (os.listdir(tmp_path), said) == ([], [])
+
+
 def test_int8_for_tensorrt_has_its_own_preset(
     classifier: Net, tmp_path: Path, machine: Callable[..., None], few: Path, calibration: Path
 ) -> None:

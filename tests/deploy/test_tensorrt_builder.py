@@ -164,13 +164,28 @@ def test_tensorrt_is_bound_to_the_gpu_and_has_no_targets(monkeypatch: pytest.Mon
     assert double.builds[0][1].targets == []
 
 
-def test_tensorrt_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_auto_without_a_gpu_is_the_one_that_compiles_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch, None)
     install(monkeypatch, tensorrt="11.4.0.106", tensorrt_rtx="1.7.1.116")
+    assert build_engine(relu(), tmp_path / "model.engine").flavour == "tensorrt-rtx"
+
+
+@pytest.mark.parametrize(
+    ("flavour", "installed"),
+    [
+        ("tensorrt", {"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1.116"}),
+        ("auto", {"tensorrt": "11.4.0.106"}),
+    ],
+)
+def test_tensorrt_without_a_gpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flavour: str, installed: dict[str, str]
+) -> None:
+    pretend(monkeypatch, None)
+    install(monkeypatch, **installed)
     with pytest.raises(
         InputError, match=r"tensorrt 11\.4\.0\.106 compiles on the GPU .* tensorrt-rtx compiles without"
     ):
-        build_engine(relu(), tmp_path / "model.engine")
+        build_engine(relu(), tmp_path / "model.engine", flavour=flavour)
 
 
 def refused(tmp_path: Path, content: bytes, *, match: str, batch: Any = (1, 8, 64)) -> None:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 import sdzoo
 from sdzoo.errors import InputError
+from sdzoo.training import engine
 from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
 from sdzoo.training.data.loader import open_split, open_training_data
 from sdzoo.training.distributed import Processes
@@ -364,6 +365,17 @@ def test_corrupt_images_that_other_ranks_saw_count_too(
 
 
 # Interruption
+
+
+def test_sigterm_while_data_is_read_can_say_how_to_go_on(
+    image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(engine, "open_training_data", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match="terminated before the first step"):
+        train(make_recipe(epochs=1), image_folder, tmp_path / "run", device="cpu")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -46,18 +46,18 @@ def test_pictures_labels_classes_and_names_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("there", "asked", "found"),
     [
-        ({"val", "train"}, "validation", "val"),
-        ({"validation", "val"}, "val", "val"),
-        ({"training"}, "train", "training"),
-        ({"val"}, "train", None),  # timm would take all of data_dir
-        ({"train", "val"}, "test", None),
-        ({"train"}, "train[:45000]", None),
-        ({"train"}, "", None),
+        (["val", "train"], "validation", "val"),
+        (["validation", "val"], "val", "val"),
+        (["training"], "train", "training"),
+        (["val"], "train", None),  # timm would take all of data_dir
+        (["train", "val"], "test", None),
+        (["train"], "train[:45000]", None),
+        (["train"], "", None),
     ],
     ids=str,
 )
 def test_a_split_is_its_folder_or_one_that_timm_knows_by_another_name(
-    tmp_path: Path, there: set[str], asked: str, found: str | None
+    tmp_path: Path, there: list[str], asked: str, found: str | None
 ) -> None:
     for name in there:
         save(tmp_path / name / "a" / "0.png")
