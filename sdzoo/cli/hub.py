@@ -42,8 +42,8 @@ def _publish(arguments: argparse.Namespace) -> None:
         print(f"next: {_command(arguments, without='--dry-run')}")
     elif done.folder:
         print(f"done: {done.folder}\nnext: sdzoo verify {shlex.quote(f'local-dir:{done.folder}')}")
-    elif done.pull_request:
-        print(f"done: {done.pull_request} of {arguments.repo}, commit {done.commit}")
+    elif done.tag is None:
+        print(f"done: {done.pull_request or arguments.revision} of {arguments.repo}, commit {done.commit}")
         print(f"next, once it is merged: {_command(arguments, without='--pr')}    # adds the tag {arguments.tag}")
     else:
         print(f"done: {arguments.repo}, {done.tag} is commit {done.commit}\nnext: sdzoo verify hub:{arguments.repo}")

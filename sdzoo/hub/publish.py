@@ -96,7 +96,7 @@ def publish(
         if target is None:
             return Published(folder=folder)
         commit = upload(folder, target, client(), lambda back: check_loads(back, subject.model), progress)
-    return Published(None, commit.oid, None if commit.pull_request else tag, commit.pull_request)
+    return Published(None, commit.oid, None if pr else tag, commit.pull_request)
 
 
 def _target(repo: str, revision: str, tag: str, private: bool, pr: bool) -> Target:

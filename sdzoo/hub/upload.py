@@ -70,7 +70,7 @@ def upload(
         progress(f"comparing commit {commit.oid}")
         _compare(folder, repo, commit.oid, api)
         _compare_downloaded(folder, repo, commit.oid, api, check)
-        if commit.pull_request is None:
+        if not target.pr:
             _tag(target, commit.oid, api)
     return commit
 

@@ -23,11 +23,12 @@ from sdzoo.training.recipe import Recipe
 def environment(recipe: Recipe, team: Processes) -> dict[str, Any]:
     """Return versions, machine, threads, processes, workers and compiler of this run, as plain values."""
     device = team.device
+    system = f"{platform.system()} {platform.machine()}"
     return {
         "sdzoo": __version__,
         "python": platform.python_version(),
         **{module.__name__: str(module.__version__) for module in (torch, torchvision, timm, np, PIL)},
-        "machine": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {platform.system()} {platform.machine()}",
+        "machine": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {system}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "world": team.shard.world,
