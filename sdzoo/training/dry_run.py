@@ -83,7 +83,7 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
         quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
         return Cost(
             parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
-            blocks=run.blocks,
+            blocks=len(run.identity.survival_probs),
             training_images=data.images,
             validation_images=run.validation_data.images,
             steps_per_epoch=data.steps,
