@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(3, str(error))
     except Interrupted as error:
         return _fail(130, str(error))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+    except KeyboardInterrupt as error:
+        return _fail(130, str(error) or "interrupted")
     except BrokenPipeError:  # the reader has seen enough; nor shall the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ParityError, LostProcess, OSError) as error:

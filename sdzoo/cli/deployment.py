@@ -141,13 +141,15 @@ def _bench(arguments: argparse.Namespace) -> None:
     from sdzoo.calibration import calibrate_batchnorm
     from sdzoo.deploy.benchmark import benchmark
     from sdzoo.deploy.verification import default_images, normalised
+    from sdzoo.hub.source import FOLDER, HUB
     from sdzoo.images import input_config
     from sdzoo.zoo import open_model, summarise
 
     if arguments.output:
         require("matplotlib")  # rather now than after the measurement
     model = open_model(arguments.model, arguments.arch, need_weights=False)
-    if not Path(arguments.model).is_file() and not summarise(arguments.model).bundled:
+    published = arguments.model.startswith((HUB, FOLDER))
+    if not published and not Path(arguments.model).is_file() and not summarise(arguments.model).bundled:
         print(f"no weights of {arguments.model} ship with sdzoo: timing it untrained", flush=True)
         config = input_config(model)
         calibrate_batchnorm(model, [normalised(default_images(config).read(range(17)), config)])

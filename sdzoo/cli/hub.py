@@ -44,7 +44,8 @@ def _publish(arguments: argparse.Namespace) -> None:
         print(f"done: {done.folder}\nnext: sdzoo verify {shlex.quote(f'local-dir:{done.folder}')}")
     elif done.tag is None:
         print(f"done: {done.pull_request or arguments.revision} of {arguments.repo}, commit {done.commit}")
-        print(f"next, once it is merged: {_command(arguments, without='--pr')}    # adds the tag {arguments.tag}")
+        when = "next, once it is merged" if done.pull_request else "next"
+        print(f"{when}: {_command(arguments, without='--pr')}    # adds the tag {arguments.tag}")
     else:
         print(f"done: {arguments.repo}, {done.tag} is commit {done.commit}\nnext: sdzoo verify hub:{arguments.repo}")
 

@@ -23,6 +23,8 @@ ONNX = "model.onnx"
 LABELS = "labels.json"
 PARITY = "parity.json"
 SUMS = "SHA256SUMS"
+OURS = {MODEL, CONFIG, CARD, RESULTS, RECIPE, RESOLVED_RECIPE, CURVE, ONNX, LABELS, PARITY, SUMS}
+OF_THE_HUB = ".gitattributes"  # which it adds
 
 MAX_FILES = 100
 MAX_SUMS_BYTES = 32_768
@@ -72,24 +74,20 @@ def read_sums(text: str) -> dict[str, str]:
     return sums
 
 
-def check_sums(folder: str | Path) -> dict[str, str]:
-    """Return the sums of ``folder``, after every file was compared with its own.
-
-    Hidden files, which clients of the Hub and file managers leave behind, do not count.
+def published_files(folder: Path) -> set[str]:
+    """Return the names of what was published into ``folder``, which its like may replace.
 
     Raises:
-        InputError: naming the files that are changed, missing or not listed; or as :func:`read_sums`.
+        InputError: if it was not published, as a folder of downloads with their ``SHA256SUMS`` was not.
     """
-    folder = Path(folder)
-    files = {file.name: file for file in _files(folder)}
-    if SUMS not in files:
-        raise InputError(f"{folder} holds no {SUMS}")
-    if files[SUMS].stat().st_size > MAX_SUMS_BYTES:
-        raise InputError(f"{files[SUMS]} is longer than {MAX_SUMS_BYTES:,} bytes")
-    sums = read_sums(files.pop(SUMS).read_text(encoding="utf-8", errors="replace"))
-    differing = sorted(name for name in sums.keys() & files.keys() if file_sha256(files[name]) != sums[name])
-    compare(sums, files, differing, str(folder))
-    return sums
+    try:
+        with open(plain_file(folder, SUMS), encoding="utf-8", errors="replace") as file:
+            names = {*read_sums(file.read(MAX_SUMS_BYTES + 1)), SUMS}
+    except InputError as error:
+        raise InputError(f"{folder} holds other things than a published model ({error}); name another folder") from None
+    if not {MODEL, CONFIG} <= names <= OURS:
+        raise InputError(f"{folder} holds other things than a published model (see its {SUMS}); name another folder")
+    return names
 
 
 def compare(sums: dict[str, str], names: Iterable[str], differing: Iterable[str], source: str) -> None:

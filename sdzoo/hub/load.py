@@ -27,7 +27,10 @@ from sdzoo.weights.published import known
 MAX_HEADER_BYTES = 16_000_000  # of the largest model it is 1.4 million
 MAX_FILE_BYTES = 4_000_000_000
 FLOATS, INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64",)
-SAID_TWICE = ("arch", "num_classes", "in_chans", "model_kwargs", "input_size", "mean", "std")
+SAID_TWICE = (
+    *("arch", "num_classes", "in_chans", "labels", "mode", "model_kwargs"),
+    *("input_size", "mean", "std", "interpolation", "crop_pct"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,32 @@ class Origin:
         source: A repository at its commit, or a folder.
         sha256: Of ``model.safetensors``.
         knew_commit: Whether the user or sdzoo named the commit beforehand; always for a folder.
-        knew_sha256: Whether one of them knew the sha256, which else came along with the files.
+        knew_sha256: Who did the sha256, "you" or "sdzoo"; None: it came along with the files.
+        says_all: Whether the weights say themselves what ``config.json`` does, so that their sha256 vouches for both.
+        cached: Whether the Hub could not be asked, and it is what the cache holds.
     """
 
     source: str
     sha256: str
     knew_commit: bool
-    knew_sha256: bool
+    knew_sha256: str | None
+    says_all: bool
+    cached: bool
 
     @property
     def pinned(self) -> bool:
-        """Whether both were known beforehand; else a check tells damage on the way, and nothing of who wrote it."""
-        return self.knew_commit and self.knew_sha256
+        """Whether all was known beforehand; else a check tells damage on the way, and nothing of who wrote it."""
+        return self.knew_commit and self.knew_sha256 is not None and self.says_all
 
     def __str__(self) -> str:
+        source = f"{self.source}, from the cache as the Hub did not answer" if self.cached else self.source
         if self.pinned:
-            return f"pinned: {self.source}, sha256 {self.sha256} as known beforehand"
+            known = "you gave it" if self.knew_sha256 == "you" else "sdzoo knows it"
+            return f"pinned: {source}, sha256 {self.sha256} as {known}"
+        if not self.says_all:
+            return f"unpinned (its weights do not say what {CONFIG} does, so no sha256 can pin it): {source}"
         checked = "its weights are those that you gave the sha256 of" if self.knew_sha256 else "damage on the way only"
-        return f'unpinned ({checked}): {self.source}; to pin it: load_hub("{self.source}", sha256="{self.sha256}")'
+        return f'unpinned ({checked}): {source}; to pin it: load_hub("{self.source}", sha256="{self.sha256}")'
 
 
 def load_hub(
@@ -69,7 +80,7 @@ def load_hub(
 
     Args:
         name: ``org/name``, ``org/name@v1.0`` or, to pin it, ``org/name@COMMIT``; or a folder of the same layout, also
-            as ``local-dir:DIR``. Where there is a folder ``org/name``, it is meant.
+            as ``local-dir:DIR``. Where there is a folder ``org/name``, it is meant; ``hub:org/name`` is on the Hub.
         sha256: What ``model.safetensors`` must have. Default: what sdzoo knows; else what ``SHA256SUMS`` says.
         cache_dir: Where what is downloaded lies; default: huggingface_hub's cache.
         api: Whom to ask (:func:`sdzoo.hub.remote.client`); default: HF_ENDPOINT, or else the public Hub.
@@ -94,9 +105,11 @@ def open_hub(
     pin = known(source.name, source.commit) if isinstance(source, Repo) else None
     expected = sha256.lower() if sha256 else pin.sha256 if pin else None
     description, path, found = once_more(lambda again: _fetch(source, expected, again), source)
-    model = _load(description, path, f"{MODEL} of {source}")
-    knew_commit = not isinstance(source, Repo) or source.pinned
-    return model, Origin(str(source), found, knew_commit, expected is not None)
+    model, says_all = _load(description, path, f"{MODEL} of {source}")
+    knew_commit = not isinstance(source, Repo) or source.pinned or pin is not None
+    knew_sha256 = "you" if sha256 else "sdzoo" if pin else None
+    cached = isinstance(source, Repo) and source.sizes is None
+    return model, Origin(str(source), found, knew_commit, knew_sha256, says_all, cached)
 
 
 def verify_hub(name: str | Path, cache_dir: str | Path | None = None, api: HfApi | None = None) -> str:
@@ -111,10 +124,14 @@ def verify_hub(name: str | Path, cache_dir: str | Path | None = None, api: HfApi
 
 
 def _compare(source: Source, again: bool) -> dict[str, str]:
+    if (total := source.total_bytes()) > 3 * MAX_FILE_BYTES:
+        raise InputError(f"{source} has {total:,} bytes; at most {3 * MAX_FILE_BYTES:,}")
     sums = source.sums(again)
     names = source.names()
     there = set(sums) if names is None else names - {SUMS}
-    differing = [name for name in sorted(sums.keys() & there) if _differs(source, name, sums[name], again)]
+    differing = [name for name in sorted(sums.keys() & there) if _differs(source, name, sums[name], False)]
+    if again:
+        differing = [name for name in differing if _differs(source, name, sums[name], True)]
     compare(sums, there, differing, str(source))
     return sums
 
@@ -145,6 +162,13 @@ def _fetch(source: Source, expected: str | None, again: bool) -> tuple[dict[str,
     return description, source.checked(MODEL, sums[MODEL], min(room, MAX_FILE_BYTES), again), sums[MODEL]
 
 
+def _shape(numbers: list[int]) -> tuple[int, ...]:
+    shape = tuple(map(int, numbers))
+    if len(shape) > 8 or not all(0 <= number < 1 << 63 for number in shape):
+        raise ValueError
+    return shape
+
+
 def _on_meta(description: dict[str, Any], source: str) -> nn.Module:
     with torch.device("meta"):
         return described_model(description, source)
@@ -154,15 +178,18 @@ def _numbers(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def _load(description: dict[str, Any], path: Path, source: str) -> nn.Module:
+def _load(description: dict[str, Any], path: Path, source: str) -> tuple[nn.Module, bool]:
+    """Return the model, and whether its weights say all of ``description``; what they do say must agree with it."""
     check_header(path, _on_meta(description, source), source)
     state, own = read_checkpoint(path)
     for name in SAID_TWICE:
-        if name in own and name in description and own[name] != description[name]:
-            raise InputError(f"{source} says {name} is {own[name]!r}; {CONFIG} says {description[name]!r}"[:300])
+        if name in own and (own[name] or None) != (description.get(name) or None):
+            raise InputError(
+                f"{source} says {name} is {own[name]!r:.120}; {CONFIG} says {description.get(name)!r:.120}"
+            )
     model = described_model(description, source)
     load_state(model, state, source)
-    return model.eval()
+    return model.eval(), own.keys() >= set(SAID_TWICE)
 
 
 def check_header(path: Path, model: nn.Module, source: str) -> None:
@@ -179,11 +206,11 @@ def check_header(path: Path, model: nn.Module, source: str) -> None:
     try:
         header = json.loads(content)
         header.pop("__metadata__", None)
-        shapes = {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
+        shapes = {name: _shape(tensor["shape"]) for name, tensor in header.items()}
         kinds = {name: tensor["dtype"] for name, tensor in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{source} is no whole safetensors file: its header is not one") from None
-    if strange := [name for name in shapes if not name.isprintable()]:
+    if strange := [name for name in shapes if not name.isprintable() or len(name) > 200]:
         raise InputError(f"{source}: {strange[0][:80]!r} is not the name of a tensor")
     check_shapes(model, shapes, source)
     for name, tensor in model.state_dict().items():

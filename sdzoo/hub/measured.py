@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdzoo.digest import file_sha256
+from sdzoo.digest import file_sha256, seal_holds
 from sdzoo.errors import InputError
+from sdzoo.hub.private import private_paths, public_recipe, without_path
 from sdzoo.training.recipe import Recipe, SdzooSettings
 from sdzoo.training.recipe_yaml import load_yaml
 from sdzoo.training.run_folder import RunFolder
 
 WANTED = {
     "data": str,
-    "corrupt_training_images": list,
-    **dict.fromkeys(("images", "seconds", "environment", "sha256"), dict),
+    "seal": str,
+    **dict.fromkeys(("corrupt_training_images", "environment"), list),
+    **dict.fromkeys(("images", "seconds", "sha256"), dict),
 }
 RAN = ("sdzoo", "torch", "timm", "machine", "device", "threads", "world")
 ANEW = "remove it and run sdzoo train --resume: nothing is trained again, test is measured again"
@@ -48,23 +50,25 @@ class Measured:
 
     Attributes:
         folder: Where it lies.
-        recipe: All keys with their values.
+        recipe: All keys with their values, as others may see them.
+        private_paths: What was cut from it.
         data: The data set's name in recipes, or that of its folder.
         training_images: How many it trained on.
         corrupt_images: How many of them could not be read.
         figures: None if they are not to be used.
         training_s: Seconds of training and validation.
-        environment: Versions, machine, device, threads, processes.
+        environment: Versions, machine, device, threads, processes of all sessions that trained, in order.
     """
 
-    folder: RunFolder
+    folder: RunFolder = field(compare=False)
     recipe: Recipe
+    private_paths: frozenset[str]
     data: str
     training_images: int
     corrupt_images: int
     figures: Figures | None
     training_s: float
-    environment: dict[str, Any]
+    environment: list[dict[str, Any]]
 
 
 def read_measured(folder: str | Path, no_metrics: bool = False) -> Measured:
@@ -78,7 +82,8 @@ def read_measured(folder: str | Path, no_metrics: bool = False) -> Measured:
     if not run.recipe.is_file():
         raise InputError(f"{folder} is not the folder of a run: it has no {run.recipe.name}")
     run.refuse_if_in_use()
-    recipe = _recipe(run.recipe)
+    given = _recipe(run.recipe)
+    recipe = public_recipe(given)
     if not run.result.is_file():
         raise InputError(
             f"{folder} is not finished, {run.epochs_logged()} of {recipe.epochs} epochs: sdzoo train --resume goes on"
@@ -89,7 +94,8 @@ def read_measured(folder: str | Path, no_metrics: bool = False) -> Measured:
     return Measured(
         folder=run,
         recipe=recipe,
-        data=result["data"],
+        private_paths=private_paths(given),
+        data=without_path(result["data"]),
         training_images=result["images"]["train"],
         corrupt_images=len(result["corrupt_training_images"]),
         figures=figures,
@@ -109,7 +115,8 @@ def _recipe(file: Path) -> Recipe:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        result = json.loads(content.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {error}; {ANEW}") from None
     result = result if isinstance(result, dict) else {}
@@ -117,15 +124,17 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} lacks {', '.join(lacking)}: it is damaged, or of an older sdzoo; {ANEW}")
     images, seconds, ran = result["images"], list(result["seconds"].values()), result["environment"]
     numbers = type(images.get("train")) is int and all(type(value) in (int, float) for value in seconds)
-    if not numbers or not all(type(ran.get(name)) in (int, str) for name in RAN):
+    if not numbers or not ran or not all(type(one.get(name)) in (int, str) for one in ran for name in RAN):
         raise InputError(f"{file} is damaged: its images, seconds or environment; {ANEW}")
+    if not seal_holds(content, result["seal"]):
+        raise InputError(f"{file} was changed after its run had written it; {ANEW}")
     return result
 
 
 def _check_unchanged(run: RunFolder, result: dict[str, Any]) -> None:
     """Check that the run's files are those of its result; ``last.pth``, which only goes on, may be gone."""
     changed = []
-    for file in (run.best, run.last, run.log, run.recipe):
+    for file in (run.best, run.last, run.log, run.steps, run.recipe):
         if not file.is_file():
             changed += [f"{file.name} is missing"] * (file != run.last)
         elif file_sha256(file) != result["sha256"].get(file.name):
@@ -139,7 +148,9 @@ def _check_unchanged(run: RunFolder, result: dict[str, Any]) -> None:
 
 def _figures(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> Figures:
     epoch, images = result.get("best_epoch"), result["images"]
-    val = _top1(recipe.val_split, result.get("val_top1_percent"), images.get("val"))
+    held_out = recipe.sdzoo.held_out
+    split = recipe.val_split + (f", {held_out:,} held out by seed" if held_out else "")
+    val = _top1(split, result.get("val_top1_percent"), images.get("val"))
     if val is None or type(epoch) is not int:
         raise InputError(
             f"{run.result} holds no top-1 and its epoch: a card without figures is published only with --no-metrics, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,17 +166,29 @@ def _eval_results(figures: Figures, data: str, hub_id: str | None) -> list[EvalR
 
 
 def _training_rows(measured: Measured, data: str) -> dict[str, Any]:
-    recipe, ran = measured.recipe, measured.environment
+    recipe = measured.recipe
     corrupt = f", {measured.corrupt_images} of them corrupt and substituted" if measured.corrupt_images else ""
-    where = ran["machine"] if ran["device"] == "cpu" else f"{ran['device']}; {ran['machine']}"
     return {
         "data": f"{data}: {measured.training_images:,} training images{corrupt}",
         "recipe": "`recipe.yaml`, every value in `recipe_resolved.yaml`",
         "epochs": f"{recipe.epochs}",
         "training time": _time(measured.training_s),
-        "hardware": f"{where}; processes: {ran['world']}, threads of each: {ran['threads']}",
-        "software": ", ".join(f"{name} {ran[name]}" for name in ("sdzoo", "torch", "timm")),
+        "hardware": _in_turn(map(_hardware, measured.environment)),
+        "software": _in_turn(map(_software, measured.environment)),
     }
+
+
+def _in_turn(sessions: Iterable[str]) -> str:
+    return "; then ".join(dict.fromkeys(sessions))
+
+
+def _hardware(ran: dict[str, Any]) -> str:
+    where = ran["machine"] if ran["device"] == "cpu" else f"{ran['device']}; {ran['machine']}"
+    return f"{where}; processes: {ran['world']}, threads of each: {ran['threads']}"
+
+
+def _software(ran: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {ran[name]}" for name in ("sdzoo", "torch", "timm"))
 
 
 def _figure_rows(figures: Figures) -> dict[str, Any]:
@@ -184,7 +196,7 @@ def _figure_rows(figures: Figures) -> dict[str, Any]:
     return {
         "weights": f"of epoch {figures.best_epoch}, chosen on val",
         "top-1 on val": f"{val.percent:.2f} % of {val.images:,} images (`{val.split}`)",
-        "top-1 on test": f"**{test.percent:.2f} %** of {test.images:,} images (`{test.split}`), measured once"
+        "top-1 on test": f"**{test.percent:.2f} %** of {test.images:,} images (`{test.split}`), measured after training"
         if test
         else "not measured",
         "runs": 1,

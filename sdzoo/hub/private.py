@@ -6,56 +6,100 @@ import dataclasses
 import getpass
 import re
 import socket
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from sdzoo.errors import InputError
-from sdzoo.hub.layout import RECIPE, RESOLVED_RECIPE, RESULTS
+from sdzoo.hub.layout import CURVE, MODEL, ONNX
 from sdzoo.training.recipe import Recipe
 
-SHORTEST = 4  # a shorter name is likely to be a word too
-COMMON = {"localhost", "root", "user", "admin", "ubuntu", "runner"}
+SHORTEST = 4  # a shorter name is likely to be a word too; as part of a path it is none
+COMMON = {"localhost", "root", "user", "admin", "ubuntu", "runner", "train", "test", "data", "model", "image", "sdzoo"}
+BINARY = (MODEL, ONNX, CURVE)  # chance alone writes a short path there
+# A slash that nothing stands before, as in /x, ~/x, C:\x, file:///x and pipe:cat /x; or a step upwards.
+_LEADS_OUT = re.compile(r"(?<![\w.*)}\]-])[/\\~]|(?:^|[/\\])\.\.(?:[/\\]|$)")
+_HOST = re.compile(r"[A-Za-z][\w+.-]*://[^/\s]*")
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` without where its data lie, and of other paths only the last part."""
+    """Return ``recipe`` without where its data lie, and of addresses and paths that lead out only the last part."""
     fields = {field.name: _without_paths(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
     return dataclasses.replace(recipe, **fields | {"data_dir": None})
 
 
+def private_paths(recipe: Recipe) -> frozenset[str]:
+    """Return the values that :func:`public_recipe` cuts."""
+    return frozenset(text for text in _texts(dataclasses.asdict(recipe)) if _LEADS_OUT.search(text))
+
+
+def without_path(text: str) -> str:
+    """Return ``text``, or its last part if it is a path that leads out or an address."""
+    if not _LEADS_OUT.search(text):
+        return text
+    path = re.split(r"[?#]", _HOST.sub("", text))[0].rstrip("/\\")
+    last = re.split(r"[/\\]", path)[-1] if re.search(r"[/\\]", path) else ""
+    return last if last.strip(".~ ") else "unnamed"
+
+
 def _without_paths(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: _without_paths(item) for name, item in vars(value).items()})
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    path = PureWindowsPath(value) if PureWindowsPath(value).drive else PurePosixPath(value)
-    return path.name if path.is_absolute() or value.startswith("~") else value
+    return without_path(value) if isinstance(value, str) else value
 
 
-def is_private_name(name: str) -> bool:
-    """Return whether ``name`` is that of this host or this user."""
-    return name in _names()
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
-def check_private(folder: Path, paths: Iterable[Path]) -> None:
-    """Check that nothing in ``folder`` that came from a run names this host, this user's home, or one of ``paths``.
+def private_names_in(text: str) -> list[str]:
+    """Return those of the names of this host and this user that are words of ``text``, or of a path in it."""
+    found = []
+    for name in sorted(_names()):
+        word = _word(name)
+        if len(name) < SHORTEST or name in COMMON:
+            word = rf"(?<=[/\\]){word}|{word}(?=[/\\])"
+        if re.search(word, text, re.IGNORECASE):
+            found.append(name)
+    return found
+
+
+def check_private(folder: Path, paths: Iterable[str], typed: Collection[str] = ()) -> None:
+    """Check that nothing in ``folder`` names this host, this user, their home, or one of ``paths``.
+
+    Args:
+        folder: What will be published.
+        paths: Where things lie on this machine.
+        typed: What the publisher gave in so many words, which may be named like host or user.
 
     Raises:
         InputError: naming the file and what it holds.
     """
-    places = {str(path.absolute()) for path in (*paths, Path.home())} - {"/"}
-    names = [name for name in _names() if len(name) >= SHORTEST and name not in COMMON]
+    places = sorted({*paths, str(Path.home())} - {"/", "..", "~"})
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
-        found = [place for place in places if place.encode() in content]
-        if file.name in (RECIPE, RESOLVED_RECIPE, RESULTS):
+        if file.name in BINARY:
+            found = [place for place in places if len(place) > 7 and place.encode() in content]
+        else:
             text = content.decode()
-            found += [name for name in names if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
+            found = [place for place in places if re.search(rf"(?<![\w.-]){re.escape(place)}(?![\w-])", text)]
+            for words in sorted(typed, key=len, reverse=True):
+                text = re.sub(_word(words), " ", text)
+            found += private_names_in(text)
         if found:
             raise InputError(f"not published: {file.name} would hold {', '.join(found)}, which belongs to this machine")
+
+
+def _word(text: str) -> str:
+    return rf"(?<![^\W_]){re.escape(text)}(?![^\W_])"
 
 
 def _names() -> set[str]:
@@ -64,4 +108,4 @@ def _names() -> set[str]:
     except (OSError, KeyError, ImportError):  # a user without a name, as in some containers
         user = ""
     host = socket.gethostname()
-    return {host, host.partition(".")[0], user} - {""}
+    return {name.casefold() for name in (host, host.partition(".")[0], user)} - {""}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sdzoo.deploy.onnx_export import Settings, build_onnx, labels_of
 from sdzoo.deploy.verification import default_images, normalised
-from sdzoo.digest import file_sha256, state_sha256
+from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError, ParityError
 from sdzoo.files import atomic_folder
 from sdzoo.hub.layout import (
@@ -37,12 +37,12 @@ from sdzoo.hub.layout import (
 )
 from sdzoo.hub.measured import Figures, Measured, read_measured
 from sdzoo.hub.model_card import Facts, model_card
-from sdzoo.hub.private import check_private, is_private_name, public_recipe
+from sdzoo.hub.private import check_private, private_names_in
 from sdzoo.images import input_config
 from sdzoo.macs import count_macs
 from sdzoo.plots import draw_runs
 from sdzoo.survival import survival_probs
-from sdzoo.training.checkpoint import describe, load_model, save_weights
+from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.recipe_yaml import dump_yaml
 from sdzoo.training.run_folder import RunFolder
@@ -81,6 +81,8 @@ def open_subject(source: str | Path, no_metrics: bool = False, arch: str | None 
     """
     path = Path(source)
     run = RunFolder(path if path.is_dir() else path.parent)
+    if (path / SUMS).is_file():
+        raise InputError(f"{path} is what was published, not a run: name the run's folder, or a checkpoint")
     if path.is_dir() or (path == run.best and run.recipe.is_file()):
         if arch:
             raise InputError(f"--arch {arch} is for a checkpoint that does not say which model it is, not for a run")
@@ -101,8 +103,8 @@ def write_folder(
     """Make the folder ``out``, whole or not at all; one that was published before is replaced.
 
     Raises:
-        InputError: if ``out`` holds other things, or what would be published names this machine; and as
-            :func:`sdzoo.export_onnx`.
+        InputError: if ``out`` holds other things, or what would be published names this machine, or the run changed
+            meanwhile; and as :func:`sdzoo.export_onnx`.
         ParityError: if what was written does not load as the model that it came from.
         MissingExtra: without the extra ``plots``, or ``onnx`` where it is asked for.
     """
@@ -110,6 +112,14 @@ def write_folder(
         _fill(folder, subject, details, progress)
         progress("loading what was written")
         check_loads(folder, subject.model)
+        _check_still(subject)
+
+
+def _check_still(subject: Subject) -> None:
+    """Check that what was read one after the other belongs together: a run may go on at any time."""
+    measured = subject.measured
+    if measured and read_measured(subject.source, measured.figures is None) != measured:
+        raise InputError(f"{subject.source} changed while it was read; run again")
 
 
 def check_loads(folder: Path, model: nn.Module) -> None:
@@ -136,8 +146,10 @@ def _logits(model: nn.Module) -> Tensor:
 def _fill(folder: Path, subject: Subject, details: Details, progress: Callable[[str], None]) -> None:
     model, measured = subject.model, subject.measured
     labels = labels_of(model)
-    if measured and not details.data_name and is_private_name(measured.data):
-        raise InputError(f'the data set\'s folder "{measured.data}" is named like host or user: call it with --data')
+    if details.data_name:
+        _check_data_name(details.data_name, measured)
+    elif measured and not measured.recipe.dataset and private_names_in(measured.data):
+        raise InputError(f'the data set\'s name "{measured.data}" holds that of host or user: call it with --data')
     description = describe(model, tuple(labels or ()))
     save_weights(folder / MODEL, model, description)
     _write_config(folder / CONFIG, model, description, details.license)
@@ -154,17 +166,26 @@ def _fill(folder: Path, subject: Subject, details: Details, progress: Callable[[
         sha256=file_sha256(folder / MODEL),
         onnx=proof,
     )
-    _write_json(folder / RESULTS, _results(facts, subject))
+    _write_json(folder / RESULTS, _results(facts, measured, read_checkpoint(folder / MODEL)[1]["state_sha256"]))
     if measured:
-        recipe = public_recipe(measured.recipe)
-        (folder / RECIPE).write_text(_given(recipe), encoding="utf-8")
-        (folder / RESOLVED_RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / RECIPE).write_text(_given(measured.recipe), encoding="utf-8")
+        (folder / RESOLVED_RECIPE).write_text(measured.recipe.to_yaml(), encoding="utf-8")
         if measured.figures:
             progress("drawing the run")
             _draw(measured.folder, folder / CURVE, details.title)
     (folder / CARD).write_text(model_card(facts, measured), encoding="utf-8")
-    check_private(folder, [subject.source])
+    paths = {str(subject.source.absolute())} | (measured.private_paths if measured else set())
+    typed = (details.title, (details.address or "").partition(":")[2], details.license, details.data_name)
+    check_private(folder, paths, [words for words in typed if words])
     write_sums(folder)
+
+
+def _check_data_name(name: str, measured: Measured | None) -> None:
+    if measured is None or measured.recipe.dataset:
+        known = f", which knows its data as {measured.data}" if measured else ", not for a checkpoint"
+        raise InputError(f"--data is for a run on a folder of images{known}")
+    if not name.isprintable() or len(name) > 100:
+        raise InputError(f"--data {name[:100]!r} is not one printable line of at most 100 characters")
 
 
 def _write_config(path: Path, model: nn.Module, description: dict[str, Any], license: str) -> None:
@@ -186,14 +207,13 @@ def _write_onnx(folder: Path, model: nn.Module, progress: Callable[[str], None])
     return f"{built.proof} ({built.metadata['parity']['inputs']}, {built.metadata['parity']['runtime']})"
 
 
-def _results(facts: Facts, subject: Subject) -> dict[str, Any]:
-    measured = subject.measured
+def _results(facts: Facts, measured: Measured | None, state_sha256: str) -> dict[str, Any]:
     known = {
         "model": facts.arch,
         "parameters": facts.parameters,
         "macs": dataclasses.asdict(facts.macs),
         "survival_probs": list(facts.survival_probs),
-        "state_sha256": state_sha256(subject.model.state_dict()),
+        "state_sha256": state_sha256,
     }
     if measured is None:
         return known | {"figures": None}

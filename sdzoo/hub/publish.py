@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdzoo.errors import InputError
-from sdzoo.hub.layout import SUMS, read_sums
+from sdzoo.hub.layout import SUMS, published_files, read_sums
 from sdzoo.hub.publication import Details, check_loads, open_subject, write_folder
 from sdzoo.hub.remote import client
 from sdzoo.hub.upload import Target, upload
@@ -83,10 +83,14 @@ def publish(
         raise InputError("name one place to publish to: --repo ORG/NAME or --to DIR")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise InputError(f'license is "{license}"; name it as the Hub does: apache-2.0, mit, cc-by-4.0, other, ...')
+    if to is not None and (tag, revision, private, pr) != (TAG, MAIN, False, False):
+        raise InputError("--tag, --revision, --private and --pr are for a repository, --repo, not for a folder, --to")
+    if to is not None:
+        _check_place(Path(to))
     target = _target(repo, revision, tag, private, pr) if repo is not None else None
     subject = open_subject(source, no_metrics, arch)
     name = target.repo.partition("/")[2] if target else Path(to or "").resolve().name
-    details = Details(name, license, f"hf-hub:{repo}" if repo else None, data_name, onnx)
+    details = Details(name, license, f"hf-hub:{repo}@{tag}" if repo else None, data_name, onnx)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(to) if to is not None and not dry_run else Path(scratch, name)
         write_folder(subject, folder, details, progress)
@@ -99,12 +103,25 @@ def publish(
     return Published(None, commit.oid, None if pr else tag, commit.pull_request)
 
 
+def _check_place(folder: Path) -> None:
+    """Refuse, before anything is built, what would be refused afterwards: a dry run says so too."""
+    if not folder.absolute().parent.is_dir():
+        raise InputError(f"{folder.absolute().parent} is not a folder; create it first")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if there and (others := sorted(there - published_files(folder))):
+        raise InputError(f"{folder} holds other things: {', '.join(others[:10])}; name another folder")
+
+
 def _target(repo: str, revision: str, tag: str, private: bool, pr: bool) -> Target:
     if not re.fullmatch(rf"{WORD}/{WORD}", repo) or len(repo) > 96 or re.search(r"--|\.\.|[.-](/|$)|\.git$", repo):
         raise InputError(f'"{repo}" is no repository; it is ORG/NAME, of letters, digits and single . _ -, at most 96')
     for what, word in (("tag", tag), ("revision", revision)):
         if not re.fullmatch(WORD, word) or re.search(r"\.\.|\.lock$|\.$", word) or re.fullmatch(r"[0-9a-f]{40}", word):
             raise InputError(f'{what} "{word}" is not a name of letters, digits and . _ -')
+    if tag in (MAIN, revision):
+        raise InputError(f'tag "{tag}" is the name of a branch: a tag stays where it is; name it by a version')
     if pr and revision != MAIN:
         raise InputError(f"a pull request goes to {MAIN}; --revision {revision} is for a commit of one's own")
     return Target(repo, revision, tag, private, pr)

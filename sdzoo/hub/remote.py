@@ -19,7 +19,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sdzoo import weights
 from sdzoo.errors import InputError
 
 LOG_IN = "log in with: hf auth login, or set HF_TOKEN"
@@ -105,39 +104,36 @@ def _in_one_line(error: Exception, repo: str, endpoint: str) -> Exception | None
     if isinstance(error, HFValidationError):
         return InputError(f'"{repo}" is not the name of a repository: {_plain(error)}')
     if isinstance(error, LocalEntryNotFoundError):
-        return unreachable(repo, endpoint)
+        return unreachable(endpoint)
     if isinstance(error, HfHubHTTPError):
         return _refusal(error, repo, endpoint)
     if isinstance(error, (NoAnswer, ConnectionError)):
-        return unreachable(repo, endpoint, _plain(error) or type(error).__name__)
+        return unreachable(endpoint, _plain(error) or type(error).__name__)
     if isinstance(error, OSError) and error.errno is None:  # the client's own, as when fewer bytes came than announced
         return HubError(f"{repo} at {endpoint}: {_plain(error)}")
     return None
 
 
-def unreachable(repo: str, endpoint: str, why: str = "") -> HubError:
-    """Return the error for a Hub that does not answer while ``repo`` is not in the cache."""
+def unreachable(endpoint: str, why: str = "") -> HubError:
+    """Return the error for a Hub that does not answer."""
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set"
-    shipped = ", ".join(sorted(file.name.removesuffix(".safetensors") for file in weights.FOLDER.glob("*.safetensors")))
-    return HubError(
-        f"{endpoint} cannot be reached{f' ({why})' if why else ''} and {repo} is not in the cache; "
-        f"what ships with sdzoo needs no Hub: {shipped}, in {weights.FOLDER}"
-    )
+    return HubError(f"{endpoint} cannot be reached{f' ({why})' if why else ''}")
 
 
 def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> Exception:
     response: Any = error.response
     status, has_token = response.status_code, "authorization" in response.request.headers
+    log_in = LOG_IN if is_private(endpoint) else f"no token is sent to {endpoint}: it is neither https nor this machine"
     if isinstance(error, GatedRepoError):
-        then = "" if has_token else f"; then {LOG_IN}"
+        then = "" if has_token else f"; then {log_in}"
         return InputError(f"{repo} is gated: ask for access at {endpoint}/{repo.partition('@')[0]}{then}")
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"{repo}: there is no such revision at {endpoint}")
     if isinstance(error, EntryNotFoundError):
         return InputError(f"{repo} holds no {_plain(response.request.url).rpartition('/')[2]}")
     if (isinstance(error, RepositoryNotFoundError) or status == 401) and not has_token:
-        return InputError(f"{repo}: {endpoint} has no such repository or wants to know who asks; {LOG_IN}")
+        return InputError(f"{repo}: {endpoint} has no such repository or wants to know who asks; {log_in}")
     if isinstance(error, RepositoryNotFoundError):
         return InputError(f"{repo}: {endpoint} has no such repository, or your token may not see it")
     if status == 401:

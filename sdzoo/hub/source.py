@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, constants
 
+from sdzoo import weights
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
-from sdzoo.hub.layout import CONFIG, MAX_SUMS_BYTES, SUMS, Damaged, plain_file, read_sums
+from sdzoo.hub.layout import CONFIG, MAX_SUMS_BYTES, OF_THE_HUB, SUMS, Damaged, plain_file, read_sums
 from sdzoo.hub.model_config import MAX_CONFIG_BYTES
 from sdzoo.hub.remote import HubError, client, one_line
 from sdzoo.weights.published import known
@@ -33,7 +35,7 @@ class Source(ABC):
 
     @abstractmethod
     def names(self) -> set[str] | None:
-        """Return all that there is, hidden files left out; None if that cannot be known."""
+        """Return all that there is, but what a file manager or the Hub adds; None if that cannot be known."""
 
     @abstractmethod
     def file(self, name: str, max_bytes: int, again: bool = False) -> Path:
@@ -43,6 +45,10 @@ class Source(ABC):
             InputError: if it is not there, too large, or no plain file.
             HubError: if it is not in the cache either.
         """
+
+    def total_bytes(self) -> int:
+        """Return how much there is to fetch."""
+        return 0
 
     def sums(self, again: bool = False) -> dict[str, str]:
         """Return what ``SHA256SUMS`` says.
@@ -112,8 +118,12 @@ class Repo(Source):
         return self.sizes is not None
 
     def names(self) -> set[str] | None:
-        """Return all that there is, hidden files left out; None if that cannot be known."""
-        return None if self.sizes is None else {name for name in self.sizes if not name.startswith(".")}
+        """Return all that there is but what the Hub adds; None if that cannot be known."""
+        return None if self.sizes is None else self.sizes.keys() - {OF_THE_HUB}
+
+    def total_bytes(self) -> int:
+        """Return how much there is to fetch, as far as it is known."""
+        return sum((self.sizes or {}).values())
 
     def file(self, name: str, max_bytes: int, again: bool = False) -> Path:
         """Return the path of ``name`` in the cache, as :meth:`Source.file`: its size is known before it is fetched."""
@@ -139,15 +149,16 @@ def open_source(name: str | Path, cache_dir: str | Path | None = None, api: HfAp
         InputError: if there is no such folder, or the name is none of a repository, or it is not to be had.
         HubError: if the Hub cannot be reached and the cache holds nothing of it.
     """
-    text = str(name).removeprefix(HUB)
+    text = str(name)
     folder = Path(text.removeprefix(FOLDER))
-    if folder.is_dir():
+    if not text.startswith(HUB) and os.path.isdir(folder):  # for pathlib, a name that is too long is an error
         return Folder(folder)
     if isinstance(name, Path) or text.startswith(FOLDER):
-        raise InputError(f"{folder} is not a folder")
-    found = _NAME.fullmatch(text)
+        raise InputError(f"{str(folder)[:200]} is not a folder")
+    found = _NAME.fullmatch(text.removeprefix(HUB))
     if not found or ".." in text:
-        raise InputError(f'"{text}" is neither a folder nor the name of a repository: ORG/NAME or ORG/NAME@REVISION')
+        kind = "is not" if text.startswith(HUB) else "is neither a folder nor"
+        raise InputError(f'"{text[:200]}" {kind} the name of a repository: ORG/NAME or ORG/NAME@REVISION')
     return _open_repo(found["repo"], found["revision"], Path(cache_dir) if cache_dir else None, api or client())
 
 
@@ -171,7 +182,7 @@ def _open_repo(repo: str, revision: str | None, cache_dir: Path | None, api: HfA
         named = revision or constants.DEFAULT_REVISION
         path = _download(api, repo, CONFIG, named, cache_dir, MAX_CONFIG_BYTES, only_cache=down is not None)
     except HubError as error:
-        raise down or error from None
+        raise _not_cached(down, asked) if down else error from None
     if commit not in (None, path.parent.name) or not _COMMIT.fullmatch(path.parent.name):
         raise HubError(f"{asked} was changed while it was read; run again")
     return Repo(repo, path.parent.name, api, cache_dir, sizes, revision == path.parent.name)
@@ -187,11 +198,21 @@ def _download(
     only_cache: bool,
     again: bool = False,
 ) -> Path:
-    with one_line(f"{repo}@{revision}", api):
-        path = api.hf_hub_download(
-            repo, name, revision=revision, cache_dir=cache_dir, local_files_only=only_cache, force_download=again
-        )
+    asked = f"{repo}@{revision}"
+    try:
+        with one_line(asked, api):
+            path = api.hf_hub_download(
+                repo, name, revision=revision, cache_dir=cache_dir, local_files_only=only_cache, force_download=again
+            )
+    except HubError as error:
+        raise _not_cached(error, asked) from None
     return _at_most(Path(path), max_bytes, repo)
+
+
+def _not_cached(error: HubError, asked: str) -> HubError:
+    shipped = ", ".join(sorted(file.name.removesuffix(".safetensors") for file in weights.FOLDER.glob("*.safetensors")))
+    said = f"{asked} is not in the cache; what ships with sdzoo needs no Hub: {shipped}, in {weights.FOLDER}"
+    return HubError(f"{error}; {said}", error.status)
 
 
 def _check_size(sizes: dict[str, int], name: str, max_bytes: int, source: str) -> None:

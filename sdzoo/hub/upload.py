@@ -19,11 +19,10 @@ from huggingface_hub.hf_api import RepoFile
 from sdzoo import __version__
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError, ParityError
-from sdzoo.hub import layout
+from sdzoo.hub.layout import OF_THE_HUB, OURS
 from sdzoo.hub.remote import HubError, one_line
 
 AGAIN = "run the same command again: it goes on from there"
-OURS = {value for name, value in vars(layout).items() if name[0] != "_" and name.isupper() and isinstance(value, str)}
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,9 @@ def upload(
         HubError: if the Hub failed.
     """
     repo = target.repo
-    with _standing(f"no commit to {repo} was confirmed, so it shows what it did before; {AGAIN}"):
+    with _standing(lambda error: _before(error, folder, target, api)):
         commit = _there_already(folder, target, api, progress) or _commit(folder, target, api, progress)
-    where = f"{target.revision} of {repo}" if commit.pull_request is None else f"{commit.pull_request} of {repo}"
-    with _standing(f"commit {commit.oid} is on {where}, without the tag {target.tag}; {AGAIN}"):
+    with _standing(lambda error: _after(commit, target)):
         progress(f"comparing commit {commit.oid}")
         _compare(folder, repo, commit.oid, api)
         _compare_downloaded(folder, repo, commit.oid, api, check)
@@ -76,43 +74,50 @@ def upload(
 
 
 def _there_already(folder: Path, target: Target, api: HfApi, progress: Callable[[str], None]) -> Commit | None:
-    """Return the commit that holds ``folder`` already, by tag, branch or pull request; None if there is none.
-
-    The repository is made if it is not there.
-    """
+    """Return the commit that holds ``folder`` already; None if there is none. The repository is made if need be."""
     repo = target.repo
     with one_line(repo, api):
         api.create_repo(repo, private=target.private, exist_ok=True)
+        if target.private and not api.model_info(repo).private:
+            raise InputError(f"{repo} is there already and public: --private is for a new repository")
+    found, ref = _find(folder, target, api)
+    if found:
+        progress(f"{ref} of {repo} holds these files already")
+    return found
+
+
+def _find(folder: Path, target: Target, api: HfApi) -> tuple[Commit | None, str]:
+    """Return the commit that holds ``folder``, and what points to it: the tag, the branch, or a pull request.
+
+    The real Hub may list closed pull requests too, which then count as open ones; that is not tested.
+    """
+    repo = target.repo
+    with one_line(repo, api):
         refs = api.list_repo_refs(repo, include_pull_requests=True)
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     branches = {branch.name: branch.target_commit for branch in refs.branches}
     if target.tag in tags:
         if _differing(folder, _tree(repo, tags[target.tag], api)):
             raise _taken(target, tags[target.tag])
-        progress(f"{target.tag} of {repo} holds these files already")
-        return Commit(tags[target.tag])
+        return Commit(tags[target.tag]), target.tag
     if target.revision not in branches:
         raise InputError(f"{repo} has no branch {target.revision}; it has: {', '.join(sorted(branches))}")
     head = branches[target.revision]
     if not _differing(folder, _tree(repo, head, api)):
-        progress(f"{target.revision} of {repo} holds these files already")
-        return Commit(head)
+        return Commit(head), target.revision
     for request in reversed(refs.pull_requests or []) if target.pr else ():
         if not _differing(folder, _tree(repo, request.target_commit, api)):
-            progress(f"{request.ref} of {repo} holds these files already")
-            return Commit(request.target_commit, request.ref)
-    return None
+            return Commit(request.target_commit, request.ref), request.ref
+    return None, ""
 
 
 def _commit(folder: Path, target: Target, api: HfApi, progress: Callable[[str], None]) -> Commit:
     repo = target.repo
     with one_line(f"{repo}@{target.revision}", api):
         info = api.model_info(repo, revision=target.revision)
-    if target.private and not info.private:
-        raise InputError(f"{repo} is there already and public: --private is for a new repository")
     there = _tree(repo, str(info.sha), api)
     names = sorted(file.name for file in folder.iterdir())
-    others = sorted(name for name in there if name not in names and not name.startswith("."))
+    others = sorted(there.keys() - {*names, OF_THE_HUB})
     if foreign := [name for name in others if name not in OURS]:
         raise InputError(
             f"{repo} holds other files: {', '.join(foreign[:10])}; what is published stands alone, so delete them or "
@@ -149,7 +154,12 @@ def _compare_downloaded(folder: Path, repo: str, oid: str, api: HfApi, check: Ca
         differing = [n for n in names if not (back / n).is_file() or file_sha256(back / n) != file_sha256(folder / n)]
         if differing:
             raise ParityError(f"what came back from {repo} is not what was sent: {', '.join(differing)}")
-        check(back)
+        try:
+            check(back)
+        except ParityError:
+            raise
+        except RuntimeError as error:
+            raise ParityError(f"what came back from {repo} does not load: {' '.join(str(error).split())}") from None
 
 
 def _tag(target: Target, oid: str, api: HfApi) -> None:
@@ -179,10 +189,10 @@ def _tree(repo: str, oid: str, api: HfApi) -> dict[str, RepoFile]:
 
 
 def _differing(folder: Path, there: dict[str, RepoFile]) -> list[str]:
-    """Return the files that are not the same in ``folder`` and ``there``, hidden ones left aside."""
+    """Return the files that are not the same in ``folder`` and ``there``."""
     here = {file.name: file for file in folder.iterdir()}
-    missing = {name for name in there if name not in here and not name.startswith(".")}
-    return sorted(missing | {name for name, file in here.items() if not _same(file, there.get(name))})
+    foreign = there.keys() - here.keys() - {OF_THE_HUB}
+    return sorted(foreign | {name for name, file in here.items() if not _same(file, there.get(name))})
 
 
 def _same(file: Path, entry: RepoFile | None) -> bool:
@@ -196,13 +206,35 @@ def _same(file: Path, entry: RepoFile | None) -> bool:
 
 
 @contextmanager
-def _standing(what_is_there: str) -> Iterator[None]:
+def _standing(what_is_there: Callable[[BaseException], str]) -> Iterator[None]:
     """Let every failure say what is on the Hub now."""
     try:
         yield
     except HubError as error:
-        raise HubError(f"{error}; {what_is_there}", error.status) from None
-    except (InputError, ParityError) as error:
-        raise type(error)(f"{error}; {what_is_there}") from None
-    except OSError as error:
-        raise OSError(f"{error}; {what_is_there}") from None
+        raise HubError(f"{error}; {what_is_there(error)}; {AGAIN}", error.status) from None
+    except InputError as error:
+        raise InputError(f"{error}; {what_is_there(error)}") from None
+    except (ParityError, OSError) as error:
+        kind = ParityError if isinstance(error, ParityError) else OSError
+        raise kind(f"{error}; {what_is_there(error)}; {AGAIN}") from None
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted; {what_is_there(error)}; {AGAIN}") from None
+    except Exception as error:  # a fault of this program's: its traceback is wanted too
+        raise RuntimeError(f"{error!r}; {what_is_there(error)}") from error
+
+
+def _before(error: BaseException, folder: Path, target: Target, api: HfApi) -> str:
+    """Return what is there after ``error``, if need be by asking: the answer to a commit may have been lost."""
+    refused = isinstance(error, HubError) and error.status is not None and error.status < 500
+    if refused or isinstance(error, InputError):
+        return f"nothing was committed to {target.repo}"
+    try:
+        commit, _ = _find(folder, target, api)
+    except (InputError, HubError):
+        return f"{target.repo} could not be asked whether it holds the commit"
+    return _after(commit, target) if commit else f"{target.repo} holds no such commit"
+
+
+def _after(commit: Commit, target: Target) -> str:
+    where = f"{commit.pull_request or target.revision} of {target.repo}"
+    return f"commit {commit.oid} is on {where}, without the tag {target.tag}"

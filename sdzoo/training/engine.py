@@ -159,6 +159,7 @@ class Run:
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
         self.environment = environment(recipe, team)
+        self.trained_in: list[dict[str, Any]] = []
         self.corrupt: dict[str, str] = {}
 
     def _evaluation_data(self, split: str, shard: Shard | None = None) -> EvaluationData:
@@ -185,6 +186,8 @@ class Run:
         progress, leads = self.progress, self.team.leads
         with ExitStack() as stack:
             stop = stack.enter_context(stop_on_signal())
+            if progress.epoch < self.trainer.epochs and self.trained_in[-1:] != [self.environment]:
+                self.trained_in.append(self.environment)
             self.step_log: StepLog | None = None
             self.board: Any = None
             if leads:
@@ -343,10 +346,12 @@ class Run:
                     name: round(getattr(progress, f"{name}_s"), 3) for name in ("data", "step", "log", "validation")
                 },
                 "corrupt_training_images": sorted(self.corrupt),
-                "environment": self.environment,
+                "environment": self.trained_in,
                 # by which it is seen later that these are still the files of this result
                 "sha256": {
-                    file.name: file_sha256(file) for file in (folder.best, folder.last, folder.log, folder.recipe)
+                    file.name: file_sha256(file)
+                    for file in (folder.best, folder.last, folder.log, folder.steps, folder.recipe)
+                    if file.is_file()  # a resumed run may have lost its best weights
                 },
             }
         )
@@ -373,7 +378,7 @@ class Run:
             "metric": self.progress.best_top1_percent,
             "global_step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
-            "environment": self.environment,
+            "environment": self.trained_in,
             "rows": self.rows,
             "corrupt": self.corrupt | self.training_data.corrupt,
             "steps_per_epoch": self.training_data.steps,
@@ -404,7 +409,8 @@ class Run:
         probs = [float(p) for name, p in weights.items() if name.endswith("survival_prob")]
         if (faults := self.identity.differences(rest, probs)) and not force:
             raise InputError(f"{last} is from another run: {'; '.join(faults)}; --force goes on all the same")
-        if self.team.leads and (other := differences(rest["environment"], self.environment)):
+        self.trained_in = list(rest["environment"])
+        if self.team.leads and (other := differences(self.trained_in[-1], self.environment)):
             print(f"not bit for bit from here on: {'; '.join(other)}", flush=True)
         progress = {field.name: rest["progress"][field.name] for field in dataclasses.fields(Progress)}
         rows = [{name: row[name] for name in EPOCH_COLUMNS} for row in rest["rows"]]

@@ -58,7 +58,7 @@ class Identity:
         data = (stored.get("data_sha256"), stored.get("validation_data_sha256"))
         if data != (self.data_sha256, self.validation_data_sha256):
             faults.append(f"the data is not what it was trained on ({self.data_dir})")
-        before = stored.get("environment", {}).get("world")
+        before = stored["environment"][-1].get("world")
         if before != self.world:
             faults.append(f"it ran in {before} processes, now {self.world}: the global batch is another")
         return faults

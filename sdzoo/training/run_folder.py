@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sdzoo.digest import BLANK, sealed
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 
@@ -103,8 +104,8 @@ class RunFolder:
         self._write(self.recipe, text)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Write what came out."""
-        self._write(self.result, json.dumps(result, indent=1) + "\n")
+        """Write what came out, sealed: a figure that is changed later is seen."""
+        self._write(self.result, sealed((json.dumps(result | {"seal": BLANK}, indent=1) + "\n").encode()).decode())
 
     @staticmethod
     def _write(path: Path, text: str) -> None:

@@ -18,7 +18,8 @@ from small_run import train_small
 from timm.models import save_for_hf
 
 import sdzoo  # noqa: F401  registers the models
-from sdzoo.hub.layout import write_sums
+from sdzoo.hub.layout import MODEL, write_sums
+from sdzoo.training.checkpoint import describe, save_weights
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,7 +78,11 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder as it is published, of the bundled weights. Not to be changed."""
     folder = tmp_path_factory.mktemp("published")
-    save_for_hf(timm.create_model("sd_resnet20.cifar10_jpeg", pretrained=True), str(folder), safe_serialization=True)
+    model = timm.create_model("sd_resnet20.cifar10_jpeg", pretrained=True)
+    description = describe(model, tuple(model.pretrained_cfg["label_names"]))  # type: ignore[index]
+    arguments = {name: description[name] for name in ("num_classes", "in_chans", "mode")}
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    save_weights(folder / MODEL, model, description | {"model_kwargs": {"global_pool": "avg"}})  # as timm writes
     write_sums(folder)
     return folder
 

@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 import sdzoo
+from sdzoo.digest import file_sha256
 from sdzoo.training.recipe import Recipe, SdzooSettings
+from sdzoo.training.recipe_yaml import dump_yaml, load_yaml
+from sdzoo.training.run_folder import RunFolder
 
 COLOURS = {"blue": (40, 60, 190), "green": (50, 180, 70), "red": (200, 50, 40)}
 COUNTS = {"train": 12, "val": 4, "test": 3}
@@ -56,7 +59,16 @@ def train_small(root: Path) -> Path:
 
 
 def edit_result(run: Path, **changes: Any) -> None:
-    """Change entries of a run's result; None removes one."""
-    file = run / "result.json"
-    result = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in result.items() if value is not None}))
+    """Let a run have written other entries in its result; None removes one."""
+    folder = RunFolder(run)
+    result = json.loads(folder.result.read_text()) | changes
+    folder.write_result({name: value for name, value in result.items() if value is not None})
+
+
+def edit_recipe(run: Path, **changes: Any) -> None:
+    """Let a run have been of another recipe."""
+    folder = RunFolder(run)
+    values = load_yaml(folder.recipe.read_text())
+    folder.write_recipe(dump_yaml(values | changes))
+    sums = json.loads(folder.result.read_text())["sha256"]
+    edit_result(run, sha256=sums | {"recipe.yaml": file_sha256(folder.recipe)})

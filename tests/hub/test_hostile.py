@@ -164,6 +164,12 @@ def test_nothing_else_is_fetched_for_a_bad_configuration(hub: HubServer, folder:
     assert hub.ranges == []
 
 
+def test_a_model_beyond_any_limit_is_not_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdzoo.hub.load.MAX_FILE_BYTES", 1000)
+    with pytest.raises(InputError, match=r"model\.safetensors of .* bytes; at most 1,000"):
+        load_hub(folder)
+
+
 @pytest.mark.parametrize(("name", "size"), [(CONFIG, MAX_CONFIG_BYTES + 1), (SUMS, 32_769), (MODEL, 40_000_000)])
 def test_what_is_too_large_is_not_fetched(name: str, size: int, hub: HubServer, folder: Path, cache: Path) -> None:
     (folder / name).write_bytes(b"\0" * size)
@@ -229,6 +235,7 @@ def rewritten(
         (lambda state: state.update(evil=torch.zeros(1)), "unexpected: evil"),
         (lambda state: state.update({"fc.bias": torch.zeros(11)}), r"of another shape: fc.bias \(11,\) for \(10,\)"),
         (lambda state: state.update({"fc.bias": torch.zeros(10, dtype=torch.int64)}), "'fc.bias' is 'I64'; F64 or"),
+        (lambda state: state.update({"fc.bias": torch.zeros(10).to(torch.float8_e4m3fn)}), "'F8_E4M3'; F64 or"),
         (lambda state: state.update({"bn1.num_batches_tracked": torch.tensor(1.0)}), "'bn1.num_.*' is 'F32'; I64"),
     ],
 )

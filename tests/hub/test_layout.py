@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from sdzoo.errors import InputError
-from sdzoo.hub.layout import MAX_FILES, MAX_SUMS_BYTES, check_sums, read_sums, write_sums
+from sdzoo.hub.layout import MAX_FILES, MAX_SUMS_BYTES, OURS, published_files, read_sums, write_sums
+from sdzoo.hub.load import verify_hub
 
 A, B = "a" * 64, "0123456789abcdef" * 4
 
@@ -22,9 +23,11 @@ def small(tmp_path: Path) -> Path:
 def test_the_sums_are_those_of_sha256sum_sorted_by_name(small: Path) -> None:
     a, b = (hashlib.sha256(content).hexdigest() for content in (bytes(range(256)), b"two\r\n"))
     assert (small / "SHA256SUMS").read_bytes() == f"{a}  a.bin\n{b}  b.txt\n".encode()
-    assert check_sums(small) == {"a.bin": a, "b.txt": b}
+    before = (small / "SHA256SUMS").read_bytes()
+    assert read_sums(before.decode()) == {"a.bin": a, "b.txt": b}
     write_sums(small)  # of itself it says nothing
-    assert check_sums(small) == {"a.bin": a, "b.txt": b}
+    assert (small / "SHA256SUMS").read_bytes() == before
+    verify_hub(small)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +79,10 @@ def test_what_does_not_agree_is_named(small: Path) -> None:
     (small / ".DS_Store").write_bytes(b"of no account")
     said = "is not what its SHA256SUMS says: changed: a.bin; missing: b.txt; not in SHA256SUMS: model.pth$"
     with pytest.raises(InputError, match=said):
-        check_sums(small)
+        verify_hub(small)
 
 
-@pytest.mark.parametrize("check", [check_sums, write_sums])
+@pytest.mark.parametrize("check", [verify_hub, write_sums])
 def test_links_and_folders_are_refused(small: Path, check: object) -> None:
     assert callable(check)
     (small / "b.txt").unlink()
@@ -104,8 +107,25 @@ def test_a_name_that_cannot_be_listed_is_not_published(small: Path) -> None:
 
 def test_a_folder_without_sums_or_with_endless_ones(small: Path) -> None:
     (small / "SHA256SUMS").write_bytes(b"a" * (MAX_SUMS_BYTES + 1))
-    with pytest.raises(InputError, match="longer than 32,768 bytes"):
-        check_sums(small)
+    with pytest.raises(InputError, match="at most 32,768"):
+        verify_hub(small)
     (small / "SHA256SUMS").unlink()
     with pytest.raises(InputError, match="holds no SHA256SUMS"):
-        check_sums(small)
+        verify_hub(small)
+
+
+def test_only_what_was_published_may_be_replaced(tmp_path: Path) -> None:
+    for name in OURS - {"SHA256SUMS"}:
+        (tmp_path / name).touch()
+    write_sums(tmp_path)
+    assert published_files(tmp_path) == OURS
+    for text in ("not mine", f"{A}  model.safetensors\n", f"{A}  thesis.iso\n", None):
+        (tmp_path / "SHA256SUMS").unlink()
+        if text is not None:
+            (tmp_path / "SHA256SUMS").write_text(text)
+        with pytest.raises(InputError, match="holds other things than a published model"):
+            published_files(tmp_path)
+    (tmp_path / "thesis.tex").touch()
+    (tmp_path / "SHA256SUMS").write_text("".join(f"{A}  {n}\n" for n in ("config.json", "model.safetensors", "x.tex")))
+    with pytest.raises(InputError, match="see its SHA256SUMS"):
+        published_files(tmp_path)

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from hub_server import READ, WRITE, HubServer, Repo
@@ -15,8 +20,10 @@ from torch import nn
 
 from sdzoo import weights
 from sdzoo.cli import main
+from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
-from sdzoo.hub.layout import MODEL, SUMS, write_sums
+from sdzoo.hub import load
+from sdzoo.hub.layout import CONFIG, MODEL, SUMS, write_sums
 from sdzoo.hub.load import load_hub, open_hub, verify_hub
 from sdzoo.hub.remote import HubError
 from sdzoo.weights import published as registry
@@ -72,7 +79,7 @@ def test_the_weights_come_back_to_the_bit(
 @pytest.mark.parametrize(
     ("by_commit", "with_sha256", "level"),
     [
-        (True, True, "pinned: {}, sha256 {} as known beforehand"),
+        (True, True, "pinned: {}, sha256 {} as you gave it"),
         (True, False, "unpinned (damage on the way only): {}; "),
         (False, True, "unpinned (its weights are those that you gave the sha256 of): {}; "),
     ],
@@ -93,6 +100,7 @@ def test_what_sdzoo_knows_is_pinned_without_asking(
     monkeypatch.setattr(registry, "PUBLISHED", (known,))
     model, origin = open_hub(REPO)  # main has gone on since
     assert origin.pinned and same(model, reference)
+    assert str(open_hub(f"{REPO}@v1.0")[1]) == f"pinned: {REPO}@{known.commit}, sha256 {sha256} as sdzoo knows it"
     monkeypatch.setattr(registry, "PUBLISHED", (registry.Published(REPO, known.commit, "0" * 64),))
     with pytest.raises(InputError, match=f"says its SHA256SUMS; it should have {'0' * 64}"):
         open_hub(REPO)
@@ -104,7 +112,7 @@ def test_timms_own_way_loads_the_same(hub: HubServer, repo: Repo, reference: nn.
     assert same(timm.create_model(f"hf-hub:{REPO}@v1.0", pretrained=True).eval(), reference)
 
 
-@pytest.mark.parametrize("name", ["{}", "local-dir:{}", "hub:{}"])
+@pytest.mark.parametrize("name", ["{}", "local-dir:{}"])
 def test_a_folder(name: str, folder: Path, reference: nn.Module) -> None:
     model, origin = open_hub(name.format(folder))
     assert same(model, reference) and not origin.pinned
@@ -120,9 +128,74 @@ def test_a_folder_that_is_called_as_a_repository_is_meant(
     (tmp_path / "org").mkdir()
     folder.rename(tmp_path / REPO)
     monkeypatch.chdir(tmp_path)
-    assert open_hub(REPO)[1].source == REPO
+    assert open_hub(REPO)[1].source == REPO and not hub.asked
+    shutil.copytree(tmp_path / REPO, tmp_path / f"hub:{REPO}")
+    hub.add(REPO, {"README.md": b"other"})
+    with pytest.raises(InputError, match=r"org/sd_resnet20.cifar10 holds no config\.json"):
+        verify_hub(f"hub:{REPO}")
+    del hub.repos[REPO]
     with pytest.raises(InputError, match="no such repository"):
         open_hub(f"{REPO}@main")
+
+
+OTHERWISE: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
+    "labels": lambda cfg, args: cfg.update(label_names=cfg["label_names"][::-1]),
+    "no labels": lambda cfg, args: cfg.pop("label_names"),
+    "crop_pct": lambda cfg, args: cfg.update(crop_pct=0.5),
+    "interpolation": lambda cfg, args: cfg.update(interpolation="nearest"),
+    "mean": lambda cfg, args: cfg.update(mean=[0.5] * 3),
+    "std": lambda cfg, args: cfg.pop("std"),
+    "input_size": lambda cfg, args: cfg.update(input_size=[3, 40, 40]),
+    "mode": lambda cfg, args: args.update(mode="sample"),
+    "no mode": lambda cfg, args: args.pop("mode"),
+    "model_kwargs": lambda cfg, args: args.update(shortcut="subsample"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_the_weights_vouch_for_the_configuration(what: str, folder: Path) -> None:
+    sha256 = file_sha256(folder / MODEL)
+    assert open_hub(folder, sha256)[1].pinned
+    config = json.loads((folder / CONFIG).read_text())
+    OTHERWISE[what](config["pretrained_cfg"], config["model_args"])
+    (folder / CONFIG).write_text(json.dumps(config))
+    write_sums(folder)
+    with pytest.raises(InputError, match=f"says {what.removeprefix('no ')} is .*; config.json says"):
+        open_hub(folder, sha256)
+
+
+def test_weights_that_say_nothing_cannot_be_pinned(folder: Path, reference: nn.Module) -> None:
+    safetensors.torch.save_file(reference.state_dict(), folder / MODEL)
+    write_sums(folder)
+    model, origin = open_hub(folder, file_sha256(folder / MODEL))
+    assert same(model, reference) and not origin.pinned
+    assert str(origin).startswith("unpinned (its weights do not say what config.json does")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("fc.bias", [1] * 300_000), ("fc.bias", [10**4000]), ("x" * 10_000, [1]), ("fc.bias", [-1])]
+)
+def test_a_hostile_header_makes_no_long_line(name: str, tensor: list[int], folder: Path) -> None:
+    header = json.dumps({name: {"dtype": "F32", "shape": tensor, "data_offsets": [0, 4]}}).encode()
+    (folder / MODEL).write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
+    write_sums(folder)
+    with pytest.raises(InputError) as caught:
+        open_hub(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_verify_fetches_again_what_differed_and_not_without_end(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "other.onnx").write_bytes(b"o" * 1000)
+    write_sums(folder)
+    hub.add(REPO, folder)
+    hub.flips = 1
+    verify_hub(REPO)
+    assert gets(hub) == 3, "two files, and one of them again"
+    monkeypatch.setattr(load, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(InputError, match="bytes; at most 3,000"):
+        verify_hub(REPO)
 
 
 def test_a_byte_flipped_on_the_way_is_fetched_again(hub: HubServer, repo: Repo, reference: nn.Module) -> None:
@@ -202,6 +275,7 @@ def test_from_the_cache_when_the_hub_is_away(
     model, origin = open_hub(name)
     assert same(model, reference) and origin.source == f"{REPO}@{repo.tags['v1.0']}"
     assert origin.knew_commit == (revision == "@COMMIT")
+    assert origin.cached and f"{origin.source}, from the cache as the Hub did not answer" in str(origin)
     assert verify_hub(name).startswith(origin.source)
     assert away == "failing" or len(hub.asked) == asked
 
@@ -219,8 +293,20 @@ def test_damage_in_the_cache_while_the_hub_is_away_is_refused(hub: HubServer, re
 
 def test_a_dead_hub_and_an_empty_cache(hub: HubServer, repo: Repo) -> None:
     hub.close()
-    with pytest.raises(HubError, match=f"{hub.url} cannot be reached .* and {REPO}@v1.0 is not in the cache"):
+    with pytest.raises(HubError, match=f"{hub.url} cannot be reached .*; {REPO}@v1.0 is not in the cache"):
         open_hub(f"{REPO}@v1.0")
+
+
+def test_a_branch_that_goes_on_while_it_is_read(hub: HubServer, repo: Repo) -> None:
+    files = repo.commits[repo.tags["v1.0"]]
+    repo.commit(files)
+
+    def goes_on() -> None:
+        repo.commit({**files, "README.md": b"new"})
+
+    hub.interfere["resolve"] = goes_on
+    with pytest.raises(HubError, match="was changed while it was read; run again"):
+        open_hub(f"{REPO}@main")
 
 
 def test_private_and_gated(hub: HubServer, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +338,9 @@ def test_private_and_gated(hub: HubServer, published: Path, monkeypatch: pytest.
         "org/n\0t",
         "hub:net",
         "-/a",
+        "a" * 5000,
+        "org/" + "a" * 5000,
+        "hub:/etc",
     ],
 )
 def test_bad_names_are_refused_before_the_network(name: str, hub: HubServer) -> None:
@@ -282,6 +371,8 @@ def test_commands_take_it_for_a_model(
 ) -> None:
     assert main(["verify", BUNDLED, f"hub:{REPO}@v1.0"]) == 0
     assert main(["verify", BUNDLED, f"folded:local-dir:{folder}"]) == 0
+    for name in (f"local-dir:{folder}", f"hub:{REPO}@v1.0"):
+        assert main(["bench", name, "--samples", "2", "--targets", "eager", "--batch", "1", "--threads", "1"]) == 0
     assert main(["export", f"hub:{REPO}@v1.0", "--arch", "sd_resnet20", "-o", "x.onnx"]) == 2
     assert "is for a checkpoint" in capsys.readouterr().err
     shutil.rmtree(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
+import hashlib
 import json
 import re
 import shutil
@@ -14,20 +15,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
-from small_run import DATA, edit_result
+from small_run import DATA, edit_recipe, edit_result
 from torch import nn
 
 import sdzoo
+from sdzoo.digest import state_sha256
 from sdzoo.errors import InputError, ParityError
-from sdzoo.hub import publication
-from sdzoo.hub.layout import check_sums
+from sdzoo.hub import measured, publication
+from sdzoo.hub.layout import CARD, read_sums
 from sdzoo.hub.load import verify_hub
-from sdzoo.hub.private import public_recipe
-from sdzoo.hub.publication import Details, open_subject, write_folder
+from sdzoo.hub.private import private_names_in, public_recipe
+from sdzoo.hub.publication import Details, Subject, open_subject, write_folder
 from sdzoo.training.checkpoint import describe, load_model, save_weights
+from sdzoo.training.recipe import SdzooSettings
 from sdzoo.training.recipe_file import load_recipe
+from sdzoo.training.recipe_yaml import load_yaml
 
 DETAILS = Details("sd_resnet20.colours", "mit", "hf-hub:org/sd_resnet20.colours")
 FILES = {
@@ -64,7 +69,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def test_it_holds_the_layout_and_its_sums(published: Path) -> None:
     assert {file.name for file in published.iterdir()} == FILES | {"model.onnx", "labels.json", "parity.json"}
-    assert check_sums(published).keys() == {file.name for file in published.iterdir()} - {"SHA256SUMS"}
+    assert read_sums((published / "SHA256SUMS").read_text()).keys() == {file.name for file in published.iterdir()} - {
+        "SHA256SUMS"
+    }
     verify_hub(published)
 
 
@@ -87,15 +94,75 @@ def test_the_code_on_the_card_runs(published: Path) -> None:
     assert names["transform"].transforms and names["model"].num_classes == 3
 
 
-def test_the_figures_are_for_programs_too(published: Path, finished_run: Path) -> None:
-    said = json.loads((published / "eval_results.json").read_text())
-    result = json.loads((finished_run / "result.json").read_text())
-    assert said["figures"]["val"]["percent"] == result["val_top1_percent"]
-    assert said["figures"]["test"] == {"split": "test", "percent": result["test_top1_percent"], "images": 9}
-    assert (said["figures"]["best_epoch"], said["figures"]["runs"]) == (result["best_epoch"], 1)
-    assert said["data"] == DATA and said["model"] == "sd_resnet20"
-    # 269,722 for ten classes: the head has 64 weights and a bias for each
-    assert said["parameters"] == 269_722 - 7 * 65
+PROBS = [1 - 0.4 * block / 9 for block in range(1, 10)]
+CONV = 16 * 16 * 9 * 32 * 32  # multiply-accumulates of each 3x3 convolution, but of the first in stages 2 and 3: half
+BRANCHES = [CONV * (1.5 if block in (3, 6) else 2) for block in range(9)]
+ENDS = 3 * 16 * 9 * 32 * 32 + 64 * 3
+
+
+def test_every_entry_and_every_row_is_the_runs_or_the_models(write: Write, run: Path) -> None:
+    seconds = {"data": 1000.0, "step": 2000.0, "log": 4000.0, "validation": 8000.0}
+    edit_result(run, seconds=seconds, corrupt_training_images=["a.png"])
+    out = write()
+    result = json.loads((run / "result.json").read_text())
+    state = safetensors.torch.load_file(run / "best.safetensors")
+    val, test = result["val_top1_percent"], result["test_top1_percent"]
+    said = json.loads((out / "eval_results.json").read_text())
+    assert said.pop("survival_probs") == pytest.approx(PROBS)
+    macs = said.pop("macs")
+    assert macs["evaluation"] == ENDS + sum(BRANCHES)
+    assert macs["training"] == pytest.approx(ENDS + sum(p * cost for p, cost in zip(PROBS, BRANCHES, strict=True)))
+    assert said == {
+        "model": "sd_resnet20",
+        "parameters": 269_722 - 7 * 65,
+        "state_sha256": state_sha256(state),
+        "data": DATA,
+        "training_images": 36,
+        "corrupt_images": 1,
+        "epochs": 2,
+        "training_s": 15_000.0,
+        "environment": result["environment"],
+        "figures": {
+            "best_epoch": result["best_epoch"],
+            "val": {"split": "val", "percent": val, "images": 12},
+            "test": {"split": "test", "percent": test, "images": 9},
+            "runs": 1,
+        },
+    }
+    (ran,) = result["environment"]
+    table = re.findall(r"^\| ([^|]+) \| (.+) \|$", (out / CARD).read_text(), re.MULTILINE)
+    assert dict(table) == {
+        "data": f"{DATA}: 36 training images, 1 of them corrupt and substituted",
+        "recipe": "`recipe.yaml`, every value in `recipe_resolved.yaml`",
+        "epochs": "2",
+        "training time": "4.2 hours",
+        "hardware": f"{ran['machine']}; processes: 1, threads of each: 1",
+        "software": f"sdzoo {sdzoo.__version__}, torch {torch.__version__}, timm {timm.__version__}",
+        "weights": f"of epoch {result['best_epoch']}, chosen on val",
+        "top-1 on val": f"{val:.2f} % of 12 images (`val`)",
+        "top-1 on test": f"**{test:.2f} %** of 9 images (`test`), measured after training",
+        "runs": "1",
+        "parameters": "269,267",
+        "multiply-accumulates": f"{macs['evaluation'] / 1e6:.0f} M an image; in training, on average over the gates, "
+        f"{macs['training'] / 1e6:.0f} M",
+        "survival probabilities": "linear decay, p_1 = 0.9556 to p_L = 0.6, 9 blocks; they are in the file",
+        "sha256 of `model.safetensors`": f"`{hashlib.sha256((out / 'model.safetensors').read_bytes()).hexdigest()}`",
+        "published by": f"sdzoo {sdzoo.__version__}",
+    }
+
+
+def test_what_was_said_of_other_weights_is_not_said_of_these(tmp_path: Path) -> None:
+    model = timm.create_model("sd_resnet20").eval()
+    others = dict.fromkeys(("origin_url", "paper_ids", "paper_name", "notes", "description", "tag"), "theirs")
+    model.pretrained_cfg = {**model.pretrained_cfg, **others}  # type: ignore[dict-item]
+    write_folder(Subject(tmp_path, model, None), tmp_path / "out", DETAILS)
+    assert "theirs" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_the_home_of_the_user_is_searched_for(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/srv/sam")
+    with pytest.raises(InputError, match=r"README\.md would hold /srv/sam, which"):
+        write(Details("t", "mit", data_name="those of /srv/sam"))
 
 
 def test_the_recipe_is_what_was_given_and_in_full(published: Path, finished_run: Path) -> None:
@@ -114,6 +181,8 @@ def test_onnx_computes_the_same_and_says_how_close(published: Path, finished_run
     assert json.loads((published / "labels.json").read_text()) == ["blue", "green", "red"]
     parity = json.loads((published / "parity.json").read_text())
     assert parity["max_abs_diff"] <= parity["allowed"]
+    proof = f"({parity['inputs']}, {parity['runtime']})"
+    assert parity["runtime"].startswith("onnxruntime") and proof in (published / "README.md").read_text()
     assert rf"max \|difference\| {parity['max_abs_diff']:.2g}" in (published / "README.md").read_text()
 
 
@@ -136,6 +205,17 @@ def test_nothing_of_this_machine_is_in_it(
         ({"initial_checkpoint": "/home/frodo/ring.safetensors"}, {"initial_checkpoint": "ring.safetensors"}),
         ({"initial_checkpoint": "~/ring.safetensors"}, {"initial_checkpoint": "ring.safetensors"}),
         ({"initial_checkpoint": "C:\\frodo\\ring.pth"}, {"initial_checkpoint": "ring.pth"}),
+        ({"initial_checkpoint": "../../acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
+        ({"initial_checkpoint": "runs/../acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
+        ({"initial_checkpoint": "file:///mnt/acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
+        ({"initial_checkpoint": "pipe:cat /mnt/acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
+        ({"initial_checkpoint": "https://frodo:pw@acme/a/ring.pth?key=1"}, {"initial_checkpoint": "ring.pth"}),
+        ({"initial_checkpoint": "https://frodo:pw@acme"}, {"initial_checkpoint": "unnamed"}),
+        ({"initial_checkpoint": "~frodo"}, {"initial_checkpoint": "unnamed"}),
+        ({"initial_checkpoint": "./ring.pth"}, {"initial_checkpoint": "./ring.pth"}),
+        ({"train_split": "/mnt/acme/train/"}, {"train_split": "train"}),
+        ({"train_split": "ring-{000..004}.tar"}, {"train_split": "ring-{000..004}.tar"}),
+        ({"sdzoo": SdzooSettings(test_split="/mnt/acme/test")}, {"sdzoo": SdzooSettings(test_split="test")}),
         ({"model_kwargs": {"a": ["/x/y", "z", 3]}}, {"model_kwargs": {"a": ["y", "z", 3]}}),
         ({"initial_checkpoint": "runs/ring.pth"}, {"initial_checkpoint": "runs/ring.pth"}),
         ({"data_dir": None, "dataset": "wds/ring"}, {"dataset": "wds/ring"}),
@@ -151,10 +231,13 @@ def test_what_would_still_name_this_machine_is_not_written(
     write: Write, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "sd_resnet20")  # the only host that a run's record would name
-    with pytest.raises(InputError, match=r"not published: eval_results\.json would hold sd_resnet20"):
+    with pytest.raises(InputError, match=r"not published: README\.md would hold sd_resnet20"):
         write()
-    monkeypatch.setattr(socket, "gethostname", lambda: DATA)
-    with pytest.raises(InputError, match=f'folder "{DATA}" is named like host or user: call it with --data'):
+    monkeypatch.setattr(socket, "gethostname", lambda: "green")  # is a class
+    with pytest.raises(InputError, match=r"not published: config\.json would hold green"):
+        write()
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{DATA}.example")
+    with pytest.raises(InputError, match=f'data set\'s name "{DATA}" holds that of host or user: call it with --data'):
         write()
     assert write(Details("t", "mit", data_name="colours")).is_dir()
     shutil.rmtree(tmp_path / "out")
@@ -162,6 +245,94 @@ def test_what_would_still_name_this_machine_is_not_written(
     with pytest.raises(InputError, match=r"not published: README.md would hold /"):
         write(Details("t", "mit", data_name=str(run)))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", ["frodo-photos", "frodo_photos", "photos of Frodo", "gandalf", "x/bob", "bob/x"])
+def test_host_and_user_are_found_in_a_name(data: str, run: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "Gandalf.example")
+    monkeypatch.setattr(getpass, "getuser", lambda: "bob" if "bob" in data else "frodo")
+    edit_result(run, data=data)
+    with pytest.raises(InputError, match="holds that of host or user"):
+        write()
+
+
+def test_a_word_that_is_not_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    for user, text in (("frodo", "frodos frodo1"), ("bob", "bob, a bob-cat"), ("root", "the root of it")):
+        monkeypatch.setattr(getpass, "getuser", lambda user=user: user)
+        assert not private_names_in(text)
+        assert private_names_in(f"/home/{user}") == [user]
+
+
+def test_a_publisher_may_be_called_as_on_the_hub(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "frodo")
+    write(Details("net", "mit", "hf-hub:frodo/net@v1.0"))
+
+
+SECRET = "/mnt/acme-secret/"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"initial_checkpoint": f"{SECRET}ring.safetensors"},
+        {"val_split": f"{SECRET}val"},
+        {"sdzoo": {"test_split": f"{SECRET}test"}},
+        {"initial_checkpoint": "../../acme-secret/ring.safetensors"},
+        {"initial_checkpoint": "https://frodo:acme-secret@acme-secret/ring.safetensors"},
+    ],
+)
+def test_no_path_of_the_recipe_is_in_any_file(changes: dict[str, Any], write: Write, run: Path) -> None:
+    if "sdzoo" in changes:
+        changes = {"sdzoo": load_yaml((run / "recipe.yaml").read_text())["sdzoo"] | changes["sdzoo"]}
+    edit_recipe(run, **changes)
+    out = write()
+    assert not [file.name for file in out.iterdir() if b"acme-secret" in file.read_bytes()]
+    assert "initial_checkpoint" not in changes or "fine-tuned from ring.safetensors on" in (out / CARD).read_text()
+
+
+def test_what_was_cut_from_the_recipe_is_searched_for(write: Write, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_recipe(run, val_split=f"{SECRET}val")
+    monkeypatch.setattr(measured, "public_recipe", lambda recipe: recipe)
+    with pytest.raises(InputError, match=f"not published: README.md would hold {SECRET}val"):
+        write()
+
+
+def test_a_data_set_that_has_a_name_keeps_it(write: Write, run: Path) -> None:
+    for name in ("a\nmodel-index: []", "\x1b[2J", "x" * 101):
+        with pytest.raises(InputError, match="is not one printable line of at most 100"):
+            write(Details("t", "mit", data_name=name))
+    edit_recipe(run, dataset="torch/cifar10")
+    edit_result(run, data="torch/cifar10")
+    with pytest.raises(InputError, match="which knows its data as torch/cifar10"):
+        write(Details("t", "mit", data_name="ImageNet-1k"))
+    best = shutil.copyfile(run / "best.safetensors", run.parent / "net.safetensors")
+    with pytest.raises(InputError, match="not for a checkpoint"):
+        write(Details("t", "mit", data_name="x"), source=best, no_metrics=True)
+
+
+def test_a_run_that_goes_on_meanwhile_is_not_published(
+    write: Write, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def later(path: Path) -> nn.Module:
+        model = load_model(path)
+        model.get_parameter("fc.bias").data[1] += 1
+        save_weights(path, model, describe(model, ("blue", "green", "red")))
+        return load_model(path)
+
+    subject = open_subject(run)
+    edit_result(run, seconds={"step": 1.0})
+    with pytest.raises(InputError, match="changed while it was read; run again"):
+        write_folder(subject, tmp_path / "out", DETAILS)
+    monkeypatch.setattr(publication, "load_model", later)
+    with pytest.raises(InputError, match=r"best\.safetensors has changed"):
+        write()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_published_is_no_run(published: Path) -> None:
+    with pytest.raises(InputError, match="is what was published, not a run: name the run's folder"):
+        open_subject(published)
 
 
 def test_the_same_run_gives_the_same_bytes_whatever_its_folder_is_called(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import READ, WRITE, HubServer, Repo
+from hub_server import READ, WRITE, HubServer, Repo, _Handler
 from torch import nn
 
 import sdzoo
@@ -24,6 +24,7 @@ from sdzoo.errors import InputError, ParityError
 from sdzoo.hub.layout import read_sums
 from sdzoo.hub.publish import Published, publish
 from sdzoo.hub.remote import HubError
+from sdzoo.hub.upload import AGAIN
 from sdzoo.training.checkpoint import describe, load_model, save_weights
 
 REPO = "org/sd_resnet20.colours"
@@ -107,8 +108,20 @@ def test_again_changes_nothing(hub: HubServer, put: Publish) -> None:
     assert put() == put() == dataclasses.replace(put(pr=True), tag="v1.0")
     assert commits(hub) == 1 and len(hub.repos[REPO].commits) == 2, "the first one is the empty repository"
     said: list[str] = []
-    assert put(tag="v1.1", progress=said.append).commit == hub.repos[REPO].tags["v1.1"] == hub.repos[REPO].tags["v1.0"]
+    del hub.repos[REPO].tags["v1.0"]
+    assert put(progress=said.append).commit == hub.repos[REPO].tags["v1.0"]
     assert commits(hub) == 1 and f"main of {REPO} holds these files already" in said
+
+
+def test_the_card_of_a_version_loads_this_version(hub: HubServer, put: Publish, checkpoint: Path) -> None:
+    put()
+    hub.repos[REPO].branches["next"] = hub.repos[REPO].branches["main"]
+    done = put(revision="next", tag="v2.0")
+    card = hub.repos[REPO].commits[done.commit or ""]["README.md"].decode()
+    assert f'timm.create_model("hf-hub:{REPO}@v2.0"' in card and f'sdzoo.load_hub("{REPO}@v2.0")' in card
+    images = torch.randn(2, 3, 32, 32)
+    model = timm.create_model(f"hf-hub:{REPO}@v2.0", pretrained=True).eval()
+    assert torch.equal(model(images), load_model(checkpoint)(images))
 
 
 def test_an_existing_repository_is_filled_and_what_an_earlier_version_left_is_removed(
@@ -130,6 +143,11 @@ def test_a_dry_run_asks_nobody_and_writes_nothing(
     assert f"to {REPO}, branch main, then the tag v1.0, public if it is new, license mit:" in out
     assert "model.safetensors" in out and f"next: sdzoo publish {checkpoint}" in out and "--dry-run" not in out
     assert main([*given, "--to", str(tmp_path / "zoo")]) == 0
+    assert main([*given, "--to", str(tmp_path / "a" / "b")]) == 2
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    assert main([*given, "--to", str(tmp_path / "thesis")]) == 2
+    assert main([*given, "--to", str(tmp_path / "thesis" / "thesis.tex")]) == 2
     assert not hub.asked and not hub.repos and not (tmp_path / "zoo").exists()
 
 
@@ -155,6 +173,8 @@ def test_a_pull_request_leaves_main_and_has_its_tag_later(
     held.branches["main"] = held.branches["refs/pr/1"]  # merged
     assert put().tag == "v1.0" and held.tags["v1.0"] == held.branches["main"]
     assert commits(hub) == 1
+    assert main([*given, "--pr"]) == 0
+    assert f"done: main of {REPO}, commit {held.branches['main']}\nnext: sdzoo publish" in capsys.readouterr().out
 
 
 def change(hub: HubServer) -> None:
@@ -165,9 +185,7 @@ def change(hub: HubServer) -> None:
 
 def test_a_commit_of_someone_else_in_between_is_not_overwritten(hub: HubServer, put: Publish) -> None:
     hub.interfere["commit"] = lambda: change(hub)
-    with pytest.raises(
-        HubError, match=r"changed by someone else meanwhile.*no commit to .* was confirmed.*same command"
-    ):
+    with pytest.raises(HubError, match=r"changed by someone else meanwhile.*nothing was committed to .*same command"):
         put()
     assert visible(hub) == {"README.md"} and not hub.repos[REPO].tags
     assert put().tag == "v1.0"
@@ -184,11 +202,11 @@ def cut(hub: HubServer) -> None:
     hub.cut_uploads = 1000
 
 
-BEFORE, AFTER = "no commit to .* was confirmed, so it shows what it did before", "commit [0-9a-f]{40} is on main of"
+BEFORE, AFTER = f"; {REPO} holds no such commit; run the same", "commit [0-9a-f]{40} is on main of"
 BREAKS: dict[str, tuple[Callable[[HubServer], Any], str, bool]] = {
     "upload cut": (cut, BEFORE, False),
     "commit": (fails_at("commit"), f"answered 500.*{BEFORE}", False),
-    "upload refused": (fails_at("batch", 403), BEFORE, False),
+    "upload refused": (fails_at("batch", 403), f"; nothing was committed to {REPO}$", False),
     "tag": (fails_at("tag"), f"answered 500.*{AFTER} .*without the tag v1.0", True),
     "damaged on the way back": (lambda hub: setattr(hub, "flips", 99), f"what came back from .*model.*{AFTER}", True),
 }
@@ -200,13 +218,81 @@ def test_after_a_failure_the_error_says_what_is_there_and_again_completes(
 ) -> None:
     break_it, message, there = BREAKS[what]
     break_it(hub)
-    with pytest.raises((HubError, ParityError, InputError), match=f"{message}.*; run the same command again"):
+    with pytest.raises((HubError, ParityError, InputError), match=message) as caught:
         put()
+    assert isinstance(caught.value, InputError) or str(caught.value).endswith(AGAIN)
     assert not hub.repos[REPO].tags and bool(visible(hub)) == there
     hub.cut_uploads, hub.flips = None, 0
     before = commits(hub)
     assert put().commit == hub.repos[REPO].tags["v1.0"]
     assert commits(hub) == before + (not there)
+
+
+@pytest.mark.parametrize("pr", [False, True])
+def test_a_commit_whose_answer_was_lost_is_found(
+    pr: bool, hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, {".gitattributes": b""})
+    commit = _Handler._commit
+
+    def lost(handler: _Handler, body: bytes, **given: str) -> None:
+        commit(handler, body, **given)
+        handler._hang_up()
+
+    monkeypatch.setattr(_Handler, "_commit", lost)
+    where = "refs/pr/1" if pr else "main"
+    with pytest.raises(HubError, match=f"; commit [0-9a-f]{{40}} is on {where} of {REPO}, without the tag") as caught:
+        put(pr=pr)
+    assert "cache" not in str(caught.value)
+    monkeypatch.undo()
+
+
+def test_a_hub_that_cannot_be_asked_what_it_holds(hub: HubServer, put: Publish) -> None:
+    def gone() -> int:
+        hub.interfere["refs"] = lambda: 500
+        return 500
+
+    hub.interfere["commit"] = gone
+    with pytest.raises(HubError, match=f"answered 500.*; {REPO} could not be asked whether it holds the commit; run"):
+        put()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "sdzoo: interrupted; "),
+        (RuntimeError("size\nmismatch"), 1, f"what came back from {REPO} does not load: size mismatch; "),
+    ],
+)
+def test_whatever_stops_it_says_what_is_there(
+    error: BaseException, code: int, said: str, hub: HubServer, put: Publish, checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stops(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sdzoo.hub.publish.check_loads", stops)
+    assert main(["publish", str(checkpoint), "--repo", REPO, "--license", "mit", "--no-metrics"]) == code
+    err = capsys.readouterr().err
+    oid = hub.repos[REPO].branches["main"]
+    assert said in err and f"commit {oid} is on main of {REPO}, without the tag v1.0; {AGAIN}" in err
+
+
+def test_a_fault_of_the_program_keeps_its_cause(hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(*given: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr("sdzoo.hub.publish.check_loads", stops)
+    with pytest.raises(RuntimeError, match=r"KeyError\('x'\); commit .* is on main") as caught:
+        put()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_the_tag_is_on_the_commit_that_was_checked(hub: HubServer, put: Publish) -> None:
+    hub.interfere["tag"] = lambda: change(hub)  # the branch goes on before the tag
+    done = put()
+    held = hub.repos[REPO]
+    assert held.tags["v1.0"] == done.commit != held.branches["main"]
 
 
 def test_what_the_hub_holds_is_compared(hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,12 +368,19 @@ def test_a_repository_of_other_things_is_left_alone(hub: HubServer, put: Publish
     with pytest.raises(InputError, match=r"holds other files: pytorch_model.bin, src/train.py; what is published"):
         put()
     assert visible(hub) == {"pytorch_model.bin", "src/train.py"}
+    hub.add(REPO, {".gitattributes": b"", ".x/model.pkl": b"pickle", "../../evil": b""})
+    with pytest.raises(InputError, match=r"holds other files: \.\./\.\./evil, \.x/model\.pkl; what"):
+        put()
 
 
 def test_a_public_repository_does_not_become_private(hub: HubServer, put: Publish) -> None:
     hub.add(REPO, {".gitattributes": b""})
     with pytest.raises(InputError, match="is there already and public"):
         put(private=True)
+    put()
+    with pytest.raises(InputError, match="is there already and public"):
+        put(private=True, tag="v2.0")
+    hub.add(REPO, {".gitattributes": b""})
     with pytest.raises(InputError, match="has no branch next; it has: main"):
         put(revision="next")
     hub.repos[REPO].branches["next"] = hub.repos[REPO].branches["main"]
@@ -311,7 +404,13 @@ def test_a_public_repository_does_not_become_private(hub: HubServer, put: Publis
         ({"tag": "a" * 40}, "is not a name"),
         ({"tag": "refs/heads/x"}, "is not a name"),
         ({"revision": "../x"}, 'revision "../x" is not a name'),
+        ({"tag": "main"}, 'tag "main" is the name of a branch'),
+        ({"tag": "next", "revision": "next"}, 'tag "next" is the name of a branch'),
         ({"pr": True, "revision": "next"}, "a pull request goes to main"),
+        *(
+            ({"repo": None, "to": "zoo"} | {name: value}, "are for a repository, --repo, not for a folder, --to")
+            for name, value in {"pr": True, "private": True, "tag": "v9", "revision": "next"}.items()
+        ),
         ({"no_metrics": False}, "is a checkpoint without its run"),
     ],
 )

@@ -9,6 +9,7 @@ from hub_server import READ, WRITE, HubServer
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from sdzoo.errors import InputError
+from sdzoo.hub import remote
 from sdzoo.hub.remote import HubError, client, is_private, one_line
 
 REPO = "org/net"
@@ -151,13 +152,24 @@ def test_a_gated_repository(token: str, hub: HubServer) -> None:
         fetch()(client(token=WRITE))
 
 
+def test_a_token_that_was_withheld_is_said_to_be(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "is_private", lambda endpoint: False)
+    monkeypatch.setenv("HF_TOKEN", READ)
+    with (
+        pytest.raises(InputError, match=r"no token is sent to http.*: it is neither") as caught,
+        one_line(REPO, client()),
+    ):
+        info()(client())
+    assert "log in" not in str(caught.value)
+
+
 @pytest.mark.parametrize("call", [info(), fetch()])
 def test_nobody_answers(call: Callable[[HfApi], object], hub: HubServer) -> None:
     api = client(DEAD)
-    said = (
-        "http://127.0.0.1:9 cannot be reached.* is not in the cache; .* no Hub: sd_resnet20.cifar10_jpeg, in .*weights"
-    )
-    with pytest.raises(HubError, match=said) as caught, one_line(REPO, api):
+    with (
+        pytest.raises(HubError, match=r"^http://127\.0\.0\.1:9 cannot be reached( \(.*\))?$") as caught,
+        one_line(REPO, api),
+    ):
         call(api)
     assert "\n" not in str(caught.value)
 

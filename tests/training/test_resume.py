@@ -244,7 +244,7 @@ def test_the_same_data_elsewhere_is_taken(own_run: Path, make_image_folder: Any,
 
 def test_a_run_of_more_processes_is_refused(own_run: Path, image_folder: Path, finished_run: Any) -> None:
     state, rest = read_checkpoint(own_run / "last.pth")
-    rest["environment"]["world"] = 4
+    rest["environment"][-1]["world"] = 4
     save_run(own_run / "last.pth", {**rest, "state_dict": state})
     refused(
         lambda: train(finished_run.recipe, image_folder, own_run, resume=True, device="cpu"),
@@ -267,7 +267,7 @@ def test_a_changed_environment_is_said(
 ) -> None:
     torch.set_num_threads(2)  # put back by a fixture
     state, rest = read_checkpoint(own_run / "last.pth")
-    rest["environment"] |= {"timm": "0.9"}
+    rest["environment"][-1] |= {"timm": "0.9"}
     save_run(own_run / "last.pth", {**rest, "state_dict": state})
     train(finished_run.recipe, image_folder, own_run, resume=True, device="cpu")
     said = capsys.readouterr().out

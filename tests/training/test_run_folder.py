@@ -128,8 +128,8 @@ def test_the_checkpoint_says_all_that_a_run_needs_to_go_on(finished_run: Any) ->
     assert rest["draw_probs"] == pytest.approx(LINEAR_TO_HALF, abs=1e-6)
     assert [len(rest[name]) for name in ("recipe_sha256", "data_sha256", "validation_data_sha256")] == [64] * 3
     assert rest["data_sha256"] != rest["validation_data_sha256"]
-    assert rest["environment"]["torch"] == torch.__version__
-    assert rest["environment"]["threads"] == rest["environment"]["world"] == 1
+    assert rest["environment"][-1]["torch"] == torch.__version__
+    assert rest["environment"][-1]["threads"] == rest["environment"][-1]["world"] == 1
     assert state["layer3.2.gate.survival_prob"] == 0.5
 
 
