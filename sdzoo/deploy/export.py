@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sdzoo.deploy.card import NAME, NOT_RUN, Card, digests
+from sdzoo.deploy.card import NAME, NOT_RUN, README, Card, digests, read_card
 from sdzoo.deploy.onnx_export import RUNTIME, OnnxFile, Settings, build_onnx, verification_images
 from sdzoo.deploy.precision import MAX_DROP_POINTS
 from sdzoo.deploy.tensorrt_builder import find_builder
@@ -68,7 +68,7 @@ def export(
     backend = _backend(target, backend)
     preset = "tensorrt" if "tensorrt" in backend else "cpu"
     settings = Settings(precision, preprocess, images, calibration, max_drop, preset)
-    with atomic_folder(out, NAME) as folder:
+    with atomic_folder(out, lambda old: {NAME, README, *read_card(old).files}) as folder:
         built = build_onnx(model, settings, progress)
         card = _card(built, target, settings, model, Path(out))
         labels = built.metadata["labels"] or [str(index) for index in range(model.num_classes)]  # type: ignore[arg-type]
