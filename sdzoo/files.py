@@ -66,7 +66,8 @@ def atomic_folder(path: str | Path, own: Callable[[Path], Collection[str]]) -> I
     Args:
         path: The folder to make. One that is there is replaced if nothing but ``own`` is in it.
         own: Given a folder that is there and not empty, returns the files in it that may go, relative and with ``/``;
-            raises InputError if it is of another kind. Hidden files and Python's caches go with them.
+            raises InputError if it is of another kind. Hidden files and Python's caches go with them, hidden folders,
+            as .git, do not.
 
     Raises:
         InputError: if ``path`` is something else or holds other files, which are named, or the folder that it shall
@@ -110,7 +111,7 @@ def atomic_folder(path: str | Path, own: Callable[[Path], Collection[str]]) -> I
 def _check_own(path: Path, own: Callable[[Path], Collection[str]]) -> None:
     """Raise InputError, naming them, if the folder ``path`` holds files that are not ``own``."""
     files = (file.relative_to(path) for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
-    there = {file.as_posix() for file in files if not any(p[0] == "." or p == "__pycache__" for p in file.parts)}
+    there = {file.as_posix() for file in files if _is_somebodys(file)}
     if not there:
         return
     try:
@@ -120,6 +121,11 @@ def _check_own(path: Path, own: Callable[[Path], Collection[str]]) -> None:
     if others:
         more = f" and {len(others) - 3} more" * (len(others) > 3)
         raise InputError(f"{path} holds other things ({', '.join(others[:3])}{more}); name another folder")
+
+
+def _is_somebodys(file: Path) -> bool:
+    *folders, name = file.parts
+    return any(folder[0] == "." for folder in folders) or not (name[0] == "." or "__pycache__" in folders)
 
 
 def _rename_over(new: Path, place: Path, old: Path) -> None:

@@ -281,6 +281,7 @@ def test_killed_at_the_rename(tmp_path: Path, swap: bool) -> None:
         (["model", "thesis.tex"], "model", r"holds other things \(thesis.tex\); name another folder"),
         (["sub/b", "a", "d", "c", "e"], "e", r"holds other things \(a, c, d and 1 more\); name another folder"),
         (["sub/model"], "model", r"holds other things \(sub/model\)"),
+        (["model", ".git/HEAD"], "model", r"holds other things \(\.git/HEAD\)"),
     ],
 )
 def test_folder_with_other_files_is_left_alone(
