@@ -212,6 +212,7 @@ def open_target(opening: Opening) -> Predictor:
     if opening.kind == "tensorrt":
         return load_predictor(opening.file)
     torch.set_num_threads(opening.threads)
+    torch.backends.cudnn.allow_tf32 = False  # what is timed is what is compared: float32, as for the other targets
     model: nn.Module = torch.load(opening.file, weights_only=False)  # of our own making
     if opening.name == "folded-channels-last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -230,9 +231,14 @@ def _openvino(opening: Opening) -> Predictor:
     return Predictor(run, opening.file.name, "OpenVINO CPU", None, opening.config)
 
 
+def is_on_gpu(provider: str) -> bool:
+    """Return whether ``provider`` computes on a GPU."""
+    return "cuda" in provider.lower() or "tensorrt" in provider.lower()
+
+
 def device_name(provider: str) -> str:
     """Return the GPU's name if ``provider`` computes on one, else the processor's and its number of cores."""
-    if "cuda" in provider.lower() or "tensorrt" in provider.lower():
+    if is_on_gpu(provider):
         gpu = find_gpu()
         return gpu.name if gpu else "GPU"
     cpuinfo = Path("/proc/cpuinfo")

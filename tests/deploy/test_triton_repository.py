@@ -217,7 +217,7 @@ def test_refused(tmp_path: Path, exported: Path, arguments: dict[str, Any], said
 
 
 @needs_tritonclient
-@pytest.mark.parametrize("content", [b"", b"ptrt\x00\x01", b"ftrt\x00\x01", b"RTX"])
+@pytest.mark.parametrize("content", [b"", b"ptrt\x00\x01", b"ftrt\x00\x01", b"vtrt\x00\x01", b"RTX"])
 def test_an_engine_is_never_written(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.engine").write_bytes(content)
     for model in (content, tmp_path / "model.engine"):
