@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from sdzoo.deploy.verification import Images
 from sdzoo.errors import InputError, nearest
 from sdzoo.extras import MissingExtra, missing
 from sdzoo.fold import fold
+from sdzoo.hardware import processor
 
 # Each with the rule by which it is compared with the model.
 PRECISIONS = {
@@ -241,7 +241,4 @@ def device_name(provider: str) -> str:
     if is_on_gpu(provider):
         gpu = find_gpu()
         return gpu.name if gpu else "GPU"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
