@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+
+from sdzoo.hardware import processor
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -30,9 +31,4 @@ def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> str:
 
 def hardware() -> str:
     """Return the processor and the number of its cores that this machine has."""
-    import os
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"

@@ -11,7 +11,8 @@ Integers are another function altogether: there, what counts is the accuracy tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Parity:
 
     Attributes:
         tol: The limit's factor.
-        images: How many were compared.
+        images: How many were compared, each counted once.
         batch_sizes: Which sizes of batch there were, in the order in which each came first.
         max_abs_diff: Of the batch that came closest to its limit, as are ``allowed`` and ``max_abs_reference``.
         allowed: The limit.
@@ -83,6 +84,21 @@ class Accuracy:
         )
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 as such on a GPU too, not in TF32, whose ten bits of mantissa do not hold the limit."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+@full_float32()
 def compare(
     reference: Compute,
     candidate: Compute,
@@ -90,6 +106,7 @@ def compare(
     tol: float | None = None,
     top1_percent: float = 0.0,
     name: Callable[[int], str] | None = None,
+    distinct: int | None = None,
 ) -> Parity:
     """Return how close ``candidate`` is to ``reference`` on ``batches`` of inputs ``(B, ...)``.
 
@@ -100,13 +117,14 @@ def compare(
         tol: Default: 1e-4 for float32, 1e-10 for float64 outputs of the reference.
         top1_percent: On how many images, of all, top-1 must be equal in any case.
         name: What errors call the image that comes n-th over all batches.
+        distinct: How many images there are, if they come again after that; those are compared, and not counted.
 
     Raises:
         ParityError: with the image, the output and the figures, as soon as a batch fails; or with the share of images
             whose top-1 is equal, after the last one.
     """
     sizes: dict[int, None] = {}
-    images, worst, equal, below = 0, (0.0, 0.0, 0.0), 0, 0
+    seen, worst, equal, below = 0, (0.0, 0.0, 0.0), 0, 0
     first_other = None
     for batch in batches:
         with torch.inference_mode():
@@ -122,7 +140,7 @@ def compare(
         allowed = tol * max(1.0, size)
         if diff.max().item() > allowed:
             place = [int(i) for i in torch.unravel_index(diff.argmax(), diff.shape)]
-            called = f" ({name(images + place[0])})" if name else ""
+            called = f" ({name(seen + place[0])})" if name else ""
             raise ParityError(
                 f"{where}: image {place[0]}{called}, output {place[1:]} is {b[tuple(place)]:.6g}, the reference's "
                 f"{a[tuple(place)]:.6g}: differs by {diff.max():.2g}, allowed {allowed:.2g}"
@@ -131,14 +149,17 @@ def compare(
             best = a.topk(2, dim=1).values
             # That top-1 agrees wherever the margin is clear follows from the limit; what is counted is the rest.
             clear, same = best[:, 0] - best[:, 1] > 2 * allowed, a.argmax(1) == b.argmax(1)
+            if distinct is not None:
+                clear, same = (of[: max(0, distinct - seen)] for of in (clear, same))
             equal += int(same.sum())
             below += int((~clear).sum())
             if first_other is None and not same.all():
-                first_other = images + int((~same).nonzero()[0])
-        images += len(batch)
+                first_other = seen + int((~same).nonzero()[0])
+        seen += len(batch)
         sizes[len(batch)] = None
         if not worst[1] or diff.max().item() / allowed > worst[0] / worst[1]:
             worst = (diff.max().item(), allowed, size)
+    images = seen if distinct is None else min(seen, distinct)
     if tol is None or not images:
         raise ParityError("nothing was compared: no batches")
     if 100 * equal < top1_percent * images:
@@ -150,10 +171,13 @@ def compare(
     return Parity(tol, images, tuple(sizes), *worst, equal, below)
 
 
+@full_float32()
 def compare_accuracy(
     reference: Compute, candidate: Compute, batches: Iterable[tuple[Tensor, Tensor]], max_drop_points: float
 ) -> Accuracy:
     """Return the top-1 of ``reference`` and of ``candidate`` on ``batches`` of inputs ``(B, ...)`` and labels ``(B,)``.
+
+    An image whose label is -1 is computed, and does not count.
 
     Raises:
         ParityError: if ``candidate`` loses more than ``max_drop_points``, or computes anything that is not finite.
@@ -167,7 +191,8 @@ def compare_accuracy(
             raise ParityError(f"{where}: the output is {tuple(b.shape)}, the reference's {tuple(a.shape)}")
         if not torch.isfinite(a).all() or not torch.isfinite(b).all():
             raise ParityError(f"{where}: an output is not finite")
-        best_a, best_b = a.argmax(1), b.argmax(1)
+        counts = labels >= 0
+        best_a, best_b, labels = a.argmax(1)[counts], b.argmax(1)[counts], labels[counts]
         images += len(labels)
         before += int((best_a == labels).sum())
         after += int((best_b == labels).sum())

@@ -572,7 +572,7 @@ def test_checkpoint_that_does_not_say_its_model(capsys: Capture, tmp_path: Path)
 
 def test_export_says_what_it_verified_and_the_next_command(capsys: Capture, tmp_path: Path) -> None:
     out = done(capsys, "export", "sd_resnet20", "-o", tmp_path / "model.onnx")
-    assert re.search(r"^verified: max \|difference\| \S+ of \S+ allowed, top-1 equal on 84 of 84 images", out, re.M)
+    assert re.search(r"^verified: max \|difference\| \S+ of \S+ allowed, top-1 equal on 80 of 80 images", out, re.M)
     following = re.search(r"^next: sdzoo (predict IMAGE --model .*)$", out, re.M)
     assert following
     done(capsys, *(CAT if word == "IMAGE" else word for word in shlex.split(following[1])))
@@ -582,7 +582,7 @@ def test_export_says_what_it_verified_and_the_next_command(capsys: Capture, tmp_
 def test_export_into_a_folder_and_verify(capsys: Capture, tmp_path: Path, data: Path) -> None:
     folder = tmp_path / "exported"
     out = done(capsys, "export", "sd_resnet20", "--preprocess", "in-graph", "-o", folder)
-    assert re.search(r"model\.onnx, parity: max \|difference\| \S+ of \S+ allowed on 84 images", out)
+    assert re.search(r"model\.onnx, parity: max \|difference\| \S+ of \S+ allowed on 80 images", out)
     assert sorted(os.listdir(folder)) == ["README.md", "card.json", "labels.json", "model.onnx"]
     following = re.search(r"^next: sdzoo (predict IMAGE --model .*)$", out, re.M)
     assert following
@@ -605,16 +605,36 @@ def test_a_model_is_not_another_one(capsys: Capture, exported: Path) -> None:
     )
 
 
+def test_a_strangers_file_is_warned_of_on_one_line(capsys: Capture, exported: Path, tmp_path: Path) -> None:
+    foreign = onnx.load(exported)
+    del foreign.metadata_props[:]
+    foreign.producer_name = "other"
+    onnx.save(foreign, str(tmp_path / "x.onnx"))
+    said = sdzoo_command(capsys, "verify", BUNDLED, tmp_path / "x.onnx")
+    assert (said.code, "passed: max |difference|" in said.out) == (0, True)
+    assert re.fullmatch(r"warning: .*x\.onnx has no metadata of sdzoo's: [^\n]+\n", said.err)
+
+
+@pytest.mark.parametrize("max_drop", ["nan", "-5", "1e9"])
+def test_a_max_drop_that_is_none(capsys: Capture, exported: Path, max_drop: str) -> None:
+    said = refused(capsys, "verify", BUNDLED, exported, f"--max-drop={max_drop}")
+    assert "it is in points of top-1, 0 to 100" in said
+
+
 def test_targets_and_precisions_that_are_not(capsys: Capture, tmp_path: Path) -> None:
     for argv, says in (
         (["--to", "tensorflow"], "possible: onnx with onnxruntime; tensorrt with"),
         (["--precision", "fp8"], "known: fp32, fp16, int8"),
         (["--precision", "fp16"], "fp16 is compared on at least 1000 real images"),
-        (["--precision", "int8"], "int8 needs at least 256 pictures to calibrate on"),
+        (["--precision", "int8"], "int8 needs pictures in class folders to be judged on"),
         (["--backend", "python"], 'onnx with "python" is not possible'),
     ):
         assert says in refused(capsys, "export", BUNDLED, *argv, "-o", tmp_path / "x")
-    assert "makes a folder" in refused(capsys, "export", BUNDLED, "--to", "triton", "-o", tmp_path / "x.onnx")
+    for argv, says in (
+        (["--to", "triton"], "--to triton makes a folder; "),
+        (["--backend", "onnxruntime"], "--backend needs a folder; "),
+    ):
+        assert says in refused(capsys, "export", BUNDLED, *argv, "-o", tmp_path / "x.onnx")
     assert os.listdir(tmp_path) == []
 
 

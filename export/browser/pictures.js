@@ -24,12 +24,34 @@ function bicubic(x) {
   return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
 }
 
-/** Return the decoded picture of `file`; its size is checked before it is decoded. */
+/**
+ * Return the decoded picture of `file`; its size and depth are checked before it is decoded.
+ *
+ * One that is not opaque is refused: a canvas multiplies colours by alpha and loses what they were.
+ */
 export async function openPicture(file, maxPixels = MAX_PIXELS) {
   const { width, height } = await sizeOf(file);
   const size = `${file.name} has ${width}x${height} pixels`;
   if (width * height > maxPixels) throw new Error(`${size}; at most ${maxPixels / 1e6} million in all.`);
   if (Math.min(width, height) < MIN_SIDE) throw new Error(`${size}; at least ${MIN_SIDE}x${MIN_SIDE}.`);
+  if (await isDeepPng(file)) throw new Error(`${file.name} has more than 8 bits a channel; scale it to 8 first.`);
+  const picture = await decoded(file);
+  if (!isOpaque(picture)) throw new Error(`${file.name} is transparent in places; save it without transparency first.`);
+  return picture;
+}
+
+/** Return whether `file` is a PNG of 16 bits a channel: the depth is byte 24, in the header that comes first. */
+async function isDeepPng(file) {
+  const start = new Uint8Array(await file.slice(0, 25).arrayBuffer());
+  return String.fromCharCode(...start.slice(1, 4)) === "PNG" && start[24] === 16;
+}
+
+function isOpaque({ data }) {
+  for (let alpha = 3; alpha < data.length; alpha += 4) if (data[alpha] < 255) return false;
+  return true;
+}
+
+async function decoded(file) {
   try {
     const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
     const canvas = Object.assign(document.createElement("canvas"), { width: bitmap.width, height: bitmap.height });

@@ -31,7 +31,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     """Return the card of an exported folder, with the list in ``labels.json`` as ``labels``.
 
     Raises:
-        ValueError: if ``folder`` is no exported folder, or one of its files is missing or damaged (by its sha256).
+        ValueError: if ``folder`` is no exported folder, or one of its files is missing, damaged (by its sha256) or
+            without sha256.
     """
     folder = Path(folder)
     try:
@@ -44,6 +45,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f'{folder / "card.json"} is not of the format "sdzoo-1"')
     if missing := [key for key in KEYS if key not in card]:
         raise ValueError(f"{folder / 'card.json'} is damaged: it lacks {', '.join(missing)}")
+    if unnamed := sorted({card["file"], "labels.json"} - set(card["files"])):
+        raise ValueError(f"{folder / 'card.json'} is damaged: it has no sha256 of {', '.join(unnamed)}")
     for name, sha256 in card["files"].items():
         try:
             content = (folder / name).read_bytes()

@@ -80,6 +80,7 @@ def serve_until_stopped(folder: Path, name: str, config: dict[str, Any], address
         "object_store_memory": OBJECT_STORE_BYTES,
     }
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     try:
         ray.init(address, logging_level=logging.WARNING, **(local if address == "local" else {}))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -7,9 +7,9 @@ only, until it is interrupted. Options that this script does not know are handed
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +18,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
@@ -30,16 +31,17 @@ def package() -> Path:
 
 
 def backends(scratch: Path) -> Path:
-    """Return a copy of Triton's backends, the python one with the program made for this version of Python."""
+    """Return a folder of links to Triton's python backend and to the program made for this version of Python."""
     server = package() / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     program = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not program.is_file():
         made = ", ".join(sorted(folder.name for folder in program.parents[1].iterdir()))
         raise ValueError(f"this nvidia-pytriton runs models with Python {made}; this is {version}")
-    shutil.copytree(server / "backends", scratch / "backends")
-    shutil.copy(program, scratch / "backends" / "python")
-    return scratch / "backends"
+    (scratch / "python").mkdir()
+    for file in (*(server / "backends" / "python").glob("*.*"), program):
+        (scratch / "python" / file.name).symlink_to(file)
+    return scratch
 
 
 def environment() -> dict[str, str]:
@@ -58,8 +60,13 @@ def environment() -> dict[str, str]:
     }
 
 
+def end_with_parent() -> None:
+    """Let Linux end this process when its parent ends, however that does."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def serve(repository: Path, host: str, ports: dict[str, int], others: list[str]) -> int:
-    """Run tritonserver until it ends and return its exit code; interrupting or ending this ends it."""
+    """Run tritonserver until it ends and return its exit code; it ends with this process."""
     if not repository.is_dir():
         raise ValueError(f"{repository} is not a folder; name one that `sdzoo export --to triton` wrote")
     for port in ports.values():
@@ -78,13 +85,10 @@ def serve(repository: Path, host: str, ports: dict[str, int], others: list[str])
             *(f"--{name}-port={port}" for name, port in ports.items()),
             *others,
         ]
-        server = subprocess.Popen(command, env=environment())
-        signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-        while True:
-            try:
-                return server.wait()
-            except KeyboardInterrupt:
-                server.terminate()
+        server = subprocess.Popen(command, env=environment(), preexec_fn=end_with_parent)
+        for number in (signal.SIGTERM, signal.SIGINT):  # which a shell's `&` has ignored
+            signal.signal(number, lambda *_: server.terminate())
+        return server.wait()
 
 
 if __name__ == "__main__":

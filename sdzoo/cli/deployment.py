@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +79,8 @@ def add_commands(commands: Commands) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from sdzoo.images import open_image
 
-    predictor = open_predictor(arguments)
+    with warnings_on_one_line():
+        predictor = open_predictor(arguments)
     for image in arguments.image:  # all faults before any answer
         open_image(image, predictor.config["input_size"][0], arguments.convert)
     print(f"{predictor.name}, {predictor.provider}")
@@ -102,7 +105,8 @@ def _export(arguments: argparse.Namespace) -> None:
     settings = {name: getattr(arguments, name) for name in names}
     one_file = output.suffix == ".onnx"
     if one_file and (arguments.to != "onnx" or arguments.backend):
-        raise InputError(f"--to {arguments.to} makes a folder; {output} is the name of an ONNX file")
+        what = f"--to {arguments.to} makes a folder" if arguments.to != "onnx" else "--backend needs a folder"
+        raise InputError(f"{what}; {output} is the name of an ONNX file")
     print(f"exporting {arguments.model} to {output}: {arguments.to}, {arguments.precision}", flush=True)
     model = open_model(arguments.model, arguments.arch)
     if one_file:
@@ -126,7 +130,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         return
     a, b = (open_operand(name, arguments.arch) for name in (arguments.a, arguments.b))
     print(f"comparing {arguments.b} with {arguments.a} on {arguments.images or 'ten pictures that ship'}", flush=True)
-    print(f"passed: {verify(a, b, arguments.images, arguments.max_drop)}")
+    with warnings_on_one_line():
+        print(f"passed: {verify(a, b, arguments.images, arguments.max_drop)}")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -189,6 +194,18 @@ def _print_rows(rows: Sequence[Row]) -> None:
 
     show_progress("")
     print(as_text(rows))
+
+
+@contextmanager
+def warnings_on_one_line() -> Iterator[None]:
+    """Print what is warned of to a person, without the line of code that it comes from."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in seen:
+                print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def show_progress(text: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sdzoo.deploy.benchmark_target import Opening, device_name, import_runtime, open_target
+from sdzoo.deploy.benchmark_target import Opening, device_name, import_runtime, is_on_gpu, open_target
 from sdzoo.deploy.predictor import Predictor
 from sdzoo.errors import InputError
 
@@ -46,7 +46,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Turn:
-    """The calls of one turn, and the most memory that the process has held so far, above its libraries'."""
+    """The calls of one turn, and the most memory that the process has held so far, above its libraries'.
+
+    None where the system does not say, and on a GPU, whose memory is not the process's.
+    """
 
     milliseconds: list[float]
     peak_memory_mib: float | None
@@ -167,6 +170,7 @@ def serve(answers: int) -> None:
             runtime = import_runtime(opening.kind)
             before = _memory_mib("VmRSS")
             predictor = open_target(opening)
+            before = None if is_on_gpu(predictor.provider) else before
             answer("opened", Opened(runtime, predictor.provider, device_name(predictor.provider)))
             while True:
                 what, argument = pickle.load(sys.stdin.buffer)

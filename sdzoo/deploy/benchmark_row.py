@@ -31,7 +31,7 @@ class Row:
         p99_ms: One call in a hundred took longer; None below 500 samples.
         file_mb: What is shipped: the ONNX file, the engine, or what ``torch.save`` writes; in 10^6 bytes.
         peak_memory_mib: The most that the target's process held in memory so far, in smaller batches too, above what it
-            held before it opened the model; None where the system does not say.
+            held before it opened the model; None where the system does not say, and on a GPU.
         parity: How far its outputs are from the eager model's, in the process that was timed.
         parity_limit: How far they may be.
         parity_kind: ``logits``: ``parity`` is their largest difference; ``top1_loss_points``: what top-1 loses.

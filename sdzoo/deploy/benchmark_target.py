@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from sdzoo.deploy.verification import Images
 from sdzoo.errors import InputError, nearest
 from sdzoo.extras import MissingExtra, missing
 from sdzoo.fold import fold
+from sdzoo.hardware import processor
 
 # Each with the rule by which it is compared with the model.
 PRECISIONS = {
@@ -212,6 +212,7 @@ def open_target(opening: Opening) -> Predictor:
     if opening.kind == "tensorrt":
         return load_predictor(opening.file)
     torch.set_num_threads(opening.threads)
+    torch.backends.cudnn.allow_tf32 = False  # what is timed is what is compared: float32, as for the other targets
     model: nn.Module = torch.load(opening.file, weights_only=False)  # of our own making
     if opening.name == "folded-channels-last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -230,12 +231,14 @@ def _openvino(opening: Opening) -> Predictor:
     return Predictor(run, opening.file.name, "OpenVINO CPU", None, opening.config)
 
 
+def is_on_gpu(provider: str) -> bool:
+    """Return whether ``provider`` computes on a GPU."""
+    return "cuda" in provider.lower() or "tensorrt" in provider.lower()
+
+
 def device_name(provider: str) -> str:
     """Return the GPU's name if ``provider`` computes on one, else the processor's and its number of cores."""
-    if "cuda" in provider.lower() or "tensorrt" in provider.lower():
+    if is_on_gpu(provider):
         gpu = find_gpu()
         return gpu.name if gpu else "GPU"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"

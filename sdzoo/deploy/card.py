@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdzoo.deploy.precision import MAX_DROP_POINTS
 from sdzoo.description import check_description
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 
-NAME, README, LABELS = "card.json", "README.md", "labels.json"
+CARD, README, LABELS = "card.json", "README.md", "labels.json"
 FORMAT = "sdzoo-1"
 NOT_RUN = "not run"
+# With what a proof compared.
+MODEL, FLOAT32_FILE = "the model that was trained", "the fp32 ONNX file of the model that was trained"
 TARGETS = ("onnx", "tensorrt", "triton")
-ENGINE = ".engine"
+ENGINE_SUFFIX = ".engine"
 # What is read of the entries that are mappings.
 ENTRIES = {
     "input": ("name", "dtype", "shape"),
@@ -31,7 +35,7 @@ TEXT = """# {name}, {precision}, for {target}
 Made by sdzoo {version}. `{file}` takes {takes}
 and gives {gives}.
 {normalises}
-Compared with the model that was trained: {compared}.
+Compared with {reference}: {compared}.{served_by}
 
     {serve}
 
@@ -59,6 +63,8 @@ class Card:
         versions: Of what took part.
         serve: The command that serves the folder.
         engine: What a TensorRT engine is tied to.
+        backend: What computes at the target, where there is a choice.
+        served_by: What computes where it is served, and that this was not compared; None if it is what was compared.
     """
 
     model: str
@@ -77,6 +83,8 @@ class Card:
     serve: str
     files: dict[str, str] = field(default_factory=dict)
     engine: dict[str, Any] | None = None
+    backend: str | None = None
+    served_by: str | None = None
     format: str = FORMAT
 
     @property
@@ -100,8 +108,28 @@ class Card:
         options = [f"--to {self.target}", f"--precision {self.precision}"]
         options += ["--preprocess in-graph"] * (self.preprocessing["where"] == "in-graph")
         options += ["--images DIR"] * (self.precision != "fp32") + ["--calibration DIR"] * (self.precision == "int8")
-        name = f"{self.model}.{self.tag}" if self.tag else "CHECKPOINT"
-        return f"sdzoo export {name} {' '.join(options)} -o DIR"
+        options += [f"--backend {shlex.quote(self.backend)}"] if self.backend is not None else []
+        return f"sdzoo export {self._source} {' '.join([*options, *self._max_drop])} -o DIR"
+
+    def prove(self, folder: Path) -> str:
+        """Return the command that compares the engine in ``folder`` with the model that was trained.
+
+        In place of the model stands the float32 file beside the engine, which was compared with it; a file of lower
+        precision has lost something itself.
+        """
+        reference = shlex.quote(str(folder / "model.onnx")) if self.precision == "fp32" else self._source
+        command = ["sdzoo verify", reference, shlex.quote(str(folder / self.file)), "--images DIR", *self._max_drop]
+        return " ".join(command)
+
+    @property
+    def _source(self) -> str:
+        return f"{self.model}.{self.tag}" if self.tag else "CHECKPOINT"
+
+    @property
+    def _max_drop(self) -> list[str]:
+        figures = self.engine.get("onnx_parity") if self.engine and not self.verified else self.parity
+        points = figures.get("max_drop_points", MAX_DROP_POINTS) if isinstance(figures, dict) else MAX_DROP_POINTS
+        return [f"--max-drop {points}"] * (points != MAX_DROP_POINTS)
 
     @property
     def verified(self) -> bool:
@@ -110,10 +138,16 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """Write the card into ``folder``: for programs as ``card.json``, for people as ``README.md``."""
-        entries = {name: value for name, value in asdict(self).items() if name != "engine" or value is not None}
-        for name, text in ((README, self._readme()), (NAME, json.dumps(entries, indent=1) + "\n")):
+        optional = ("engine", "backend", "served_by")
+        entries = {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
+        for name, text in ((README, self._readme()), (CARD, json.dumps(entries, indent=1) + "\n")):
             with atomic_path(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+
+    @property
+    def _reference(self) -> str:
+        proof = self.parity.get("reference", MODEL) if isinstance(self.parity, dict) else MODEL
+        return str(proof)
 
     def _readme(self) -> str:
         normalises = "The graph normalises; resizing and cropping stay with the client."
@@ -132,7 +166,9 @@ class Card:
             takes=takes,
             gives=gives,
             normalises=normalises,
+            reference=self._reference,
             compared=self.compared,
+            served_by=f"\nServed by {self.served_by}." if self.served_by else "",
             serve=self.serve,
         )
 
@@ -144,12 +180,12 @@ def read_card(folder: str | Path) -> Card:
         InputError: if there is none, it is not sdzoo's, or a file is missing, damaged, or outside the folder.
     """
     folder = Path(folder)
-    path = folder / NAME
+    path = folder / CARD
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         card = Card(**entries)
     except FileNotFoundError:
-        raise InputError(f"{folder} is no exported folder: it has no {NAME}") from None
+        raise InputError(f"{folder} is no exported folder: it has no {CARD}") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged or of another version of sdzoo: {error}") from None
     _check(card, path)
@@ -159,7 +195,7 @@ def read_card(folder: str | Path) -> Card:
             if not file.is_file():
                 raise InputError(f"{folder} is not whole: {name} is missing")
             if file_sha256(file) != digest:
-                raise InputError(f"{file} is damaged: its sha256 is not the one in {NAME}")
+                raise InputError(f"{file} is damaged: its sha256 is not the one in {CARD}")
         except OSError as error:
             raise InputError(f"{folder} is not whole: {name} cannot be read: {error.strerror}") from None
     return card
@@ -173,7 +209,7 @@ def read_labels(folder: Path, card: Card) -> list[str] | None:
     """
     path = folder / LABELS
     if LABELS not in card.files:
-        raise InputError(f"{folder} is not whole: {NAME} does not list {LABELS}")
+        raise InputError(f"{folder} is not whole: {CARD} does not list {LABELS}")
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))
         check_description({"labels": labels, "num_classes": card.output["shape"][-1]})
@@ -186,7 +222,8 @@ def _check(card: Card, path: Path) -> None:
     if card.format != FORMAT:
         raise InputError(f"{path} is of another version of sdzoo: its format is {str(card.format)[:80]!r}")
     texts = (card.model, card.target, card.precision, card.file, card.provider, card.serve, card.weights_sha256)
-    if not all(isinstance(t, str) for t in (*texts, card.tag or "")) or not isinstance(card.files, dict):
+    texts += tuple(text for text in (card.tag, card.backend, card.served_by) if text is not None)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(card.files, dict):
         raise InputError(f"{path} is damaged: an entry is of another type")
     for name, needed in ENTRIES.items():
         entry = getattr(card, name)
@@ -198,7 +235,7 @@ def _check(card: Card, path: Path) -> None:
         raise InputError(f'{path} is damaged: its parity is neither "{NOT_RUN}" nor figures')
     if card.target not in TARGETS:
         raise InputError(f'{path} is damaged: target "{card.target[:80]}" is unknown; known: {", ".join(TARGETS)}')
-    if isinstance(card.engine, dict) != card.file.endswith(ENGINE):
+    if isinstance(card.engine, dict) != card.file.endswith(ENGINE_SUFFIX):
         raise InputError(f"{path} is damaged: {card.file[:80]} and what it says of an engine do not fit")
     if card.file not in card.files:
         raise InputError(f"{path} names {card.file} but not its sha256")
@@ -218,7 +255,7 @@ def _has_numbers(entry: Any, names: tuple[str, ...]) -> bool:
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the sha256 of each file in ``folder`` but the card, which is written after it."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (NAME, README))
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (CARD, README))
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 

@@ -7,14 +7,14 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from sdzoo.deploy.card import NAME, NOT_RUN, Card, digests
+from sdzoo.deploy.card import CARD, NOT_RUN, README, Card, digests, read_card
 from sdzoo.deploy.onnx_export import RUNTIME, OnnxFile, Settings, build_onnx, verification_images
 from sdzoo.deploy.precision import MAX_DROP_POINTS
 from sdzoo.deploy.tensorrt_builder import find_builder
+from sdzoo.deploy.tensorrt_engine import UNVERIFIED, why_not_here
 from sdzoo.deploy.verification import LARGEST_BATCH
 from sdzoo.deploy.verify import verify_engine
 from sdzoo.errors import InputError, nearest
@@ -26,6 +26,11 @@ BACKENDS: dict[str, dict[str, str]] = {
     "onnx": {"onnxruntime": "onnx"},
     "tensorrt": {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"},
     "triton": {"onnxruntime": "triton", "onnxruntime-tensorrt": "triton", "python": "triton"},
+}
+# Where Triton computes by something else than what the export was compared in.
+TRITON_SERVES_BY = {
+    "onnxruntime": "ONNX Runtime in Triton, by its CUDA provider where there is a GPU: not compared there",
+    "onnxruntime-tensorrt": "ONNX Runtime in Triton, by its TensorRT provider on a GPU: not compared there",
 }
 
 
@@ -68,7 +73,7 @@ def export(
     backend = _backend(target, backend)
     preset = "tensorrt" if "tensorrt" in backend else "cpu"
     settings = Settings(precision, preprocess, images, calibration, max_drop, preset)
-    with atomic_folder(out, NAME) as folder:
+    with atomic_folder(out, lambda old: {CARD, README, *read_card(old).files}) as folder:
         built = build_onnx(model, settings, progress)
         card = _card(built, target, settings, model, Path(out))
         labels = built.metadata["labels"] or [str(index) for index in range(model.num_classes)]  # type: ignore[arg-type]
@@ -83,7 +88,7 @@ def export(
         card = replace(card, files=digests(folder))
         card.write(folder)
         if card.engine is not None:
-            if reason := _why_not_here(card.engine):
+            if reason := why_not_here(card.engine):
                 progress(f"the engine stays unverified: it {reason}")
             else:
                 progress("comparing the engine")
@@ -149,12 +154,6 @@ def _card(built: OnnxFile, target: str, settings: Settings, model: nn.Module, ou
     )
 
 
-def _why_not_here(engine: dict[str, Any]) -> str | None:
-    from sdzoo.deploy.tensorrt_engine import why_not_here
-
-    return why_not_here(engine)
-
-
 def _predict(out: str | Path) -> str:
     return f"sdzoo predict IMAGE --model {shlex.quote(str(out))}"
 
@@ -175,7 +174,9 @@ def _write_triton(card: Card, built: OnnxFile, folder: Path, out: Path, backend:
     return replace(
         card,
         file=f"{repository}/{card.model}/1/model.onnx",
-        serve=f"python export/triton/serve.py {shlex.quote(str(out))}"
+        backend=backend,
+        served_by=TRITON_SERVES_BY.get(backend),
+        serve=f"python serve.py {shlex.quote(str(out))}    # serve.py is in the kit export/triton"
         if backend == "python"
         else f"tritonserver --model-repository={shlex.quote(str(out / repository))}",
     )
@@ -183,15 +184,14 @@ def _write_triton(card: Card, built: OnnxFile, folder: Path, out: Path, backend:
 
 def _write_engine(card: Card, built: OnnxFile, folder: Path, out: Path, flavour: str) -> Card:
     from sdzoo.deploy.tensorrt_builder import build_engine
-    from sdzoo.deploy.tensorrt_engine import UNVERIFIED
 
     facts = build_engine(built.content, folder / UNVERIFIED, flavour=flavour)
-    verify = shlex.join(["sdzoo", "verify", str(out / card.file), str(out / UNVERIFIED)])
-    return replace(
+    card = replace(
         card,
         file=UNVERIFIED,
         parity=NOT_RUN,
         provider=f"{facts.flavour} {facts.version}",
-        serve=f"{verify} --images DIR    # on the target, before anything else",
         engine=facts.as_dict() | {"onnx_parity": card.parity},
+        backend=facts.flavour,
     )
+    return replace(card, serve=f"{card.prove(out)}    # on the target, before anything else")

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdzoo import __version__, weights
-from sdzoo.deploy.precision import MAX_DROP_POINTS, check_images, check_precision, judge
+from sdzoo.deploy.card import FORMAT
+from sdzoo.deploy.precision import MAX_DROP_POINTS, check_images, check_max_drop, check_precision, judge
 from sdzoo.deploy.verification import Images, check_apart, default_images, images_of, normalised
 from sdzoo.digest import BLANK, sealed, state_sha256
 from sdzoo.errors import InputError, ParityError, nearest
@@ -60,14 +61,14 @@ class Settings:
                 f'preprocess "{self.preprocess}" is unknown; known: {", ".join(PREPROCESSING)}'
                 f"{nearest(self.preprocess, PREPROCESSING)}"
             )
-        if self.precision == "int8" and self.calibration is None:
+        if self.precision == "int8" and None in (self.images, self.calibration):
             raise InputError(
-                "int8 needs at least 256 pictures to calibrate on, other ones than it is judged on (--calibration DIR)"
+                "int8 needs pictures in class folders to be judged on (--images DIR), and at least 256 others to "
+                "calibrate on (--calibration DIR)"
             )
         if self.precision != "int8" and self.calibration is not None:
             raise InputError(f"calibration images are for int8; precision is {self.precision}")
-        if not 0 <= self.max_drop <= 100:
-            raise InputError(f"max_drop is {self.max_drop}; it is in points of top-1, 0 to 100")
+        check_max_drop(self.max_drop)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
     proof = _verify(source, graph, images, settings, config)
     digest = state_sha256(model.state_dict())
     metadata = {
-        "format": "sdzoo-1",
+        "format": FORMAT,
         "model": model.pretrained_cfg.get("architecture"),  # type: ignore[union-attr]
         "tag": weights.tag_of(digest),
         "labels": labels,

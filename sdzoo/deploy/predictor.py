@@ -49,6 +49,7 @@ class Predictor:
         provider: str,
         labels: list[str] | None,
         config: dict[str, Any],
+        *,
         has_classes: bool = True,
         convert: bool = False,
         precision: str = "fp32",
@@ -174,7 +175,12 @@ def model_predictor(model: nn.Module, convert: bool = False) -> Predictor:
         return model(torch.from_numpy(batch).to(like.device, like.dtype)).float().cpu().numpy()
 
     name = model.pretrained_cfg.get("architecture") or type(model).__name__  # type: ignore[union-attr]
-    has_classes = bool(model.num_classes)
     return Predictor(
-        run, name, f"PyTorch {like.device.type}", labels_of(model), input_config(model), has_classes, convert
+        run,
+        name,
+        f"PyTorch {like.device.type}",
+        labels_of(model),
+        input_config(model),
+        has_classes=bool(model.num_classes),
+        convert=convert,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdzoo.deploy.card import ENGINE, NAME, Card, read_card, read_labels
+from sdzoo.deploy.card import CARD, ENGINE_SUFFIX, FORMAT, Card, read_card, read_labels
 from sdzoo.deploy.predictor import Predictor
 from sdzoo.deploy.session import check_threads, open_session
 from sdzoo.description import check_description
@@ -20,7 +20,7 @@ from sdzoo.extras import require
 
 METADATA = (
     *("model", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "labels", "survival_probs"),
-    *("precision", "preprocess", "weights_sha256", "file_sha256"),
+    *("precision", "preprocess", "weights_sha256", "file_sha256", "format"),
 )
 
 
@@ -55,14 +55,14 @@ def load_predictor(
         path = path / card.file
     elif not path.is_file():
         raise InputError(f"{path} does not exist")
-    if path.suffix != ENGINE:
+    if path.suffix != ENGINE_SUFFIX:
         return _onnx(path, provider, threads, convert)
     if card is None:
-        if not (path.parent / NAME).is_file():
-            raise InputError(f"{path} has no {NAME} beside it, which says how to feed it and what it was built for")
+        if not (path.parent / CARD).is_file():
+            raise InputError(f"{path} has no {CARD} beside it, which says how to feed it and what it was built for")
         card = read_card(path.parent)
         if card.file != path.name:
-            raise InputError(f"{path} is not what {path.parent / NAME} is about: that is {card.file}")
+            raise InputError(f"{path} is not what {path.parent / CARD} is about: that is {card.file}")
     return _engine(path, card, provider, threads, convert, unverified)
 
 
@@ -75,7 +75,7 @@ def _engine(path: Path, card: Card, provider: str, threads: int | None, convert:
     if threads is not None:
         raise InputError(f"threads are for the CPU; {path} is a TensorRT engine")
     assert card.engine is not None
-    run = load_engine(path, card.engine, card.rebuild, unverified=unverified)
+    run = load_engine(path, card.engine, card.rebuild, None if unverified else card.prove(path.parent))
     where = card.preprocessing["where"]
     config = {name: _tuple(value) for name, value in card.preprocessing.items() if name != "where"}
     return Predictor(
@@ -84,11 +84,11 @@ def _engine(path: Path, card: Card, provider: str, threads: int | None, convert:
         f"{card.engine['flavour']} {card.engine['version']}, {find_gpu()}",
         read_labels(path.parent, card),
         config,
-        card.output["name"] == "logits",
-        convert,
-        card.precision,
-        where == "in-graph",
-        card.weights_sha256,
+        has_classes=card.output["name"] == "logits",
+        convert=convert,
+        precision=card.precision,
+        in_graph=where == "in-graph",
+        weights_sha256=card.weights_sha256,
     )
 
 
@@ -96,7 +96,8 @@ def _onnx(path: Path, provider: str, threads: int | None, convert: bool) -> Pred
     require("onnxruntime")
     session = open_session(path, provider, threads)
     about = session.get_modelmeta()
-    if about.producer_name != "sdzoo" and not about.custom_metadata_map.keys() & METADATA:
+    is_ours = about.producer_name == "sdzoo" or about.custom_metadata_map.get("format", "").startswith('"sdzoo')
+    if not is_ours:
         return _foreign(session, path)
     metadata = _metadata(session, path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -114,18 +115,17 @@ def _onnx(path: Path, provider: str, threads: int | None, convert: bool) -> Pred
 
     config = {name: _tuple(value) for name, value in metadata.items()}
     computes = session.get_providers()[0]
-    has_classes = output == "logits"
     return Predictor(
         run,
         metadata["model"],
         computes,
         metadata["labels"],
         config,
-        has_classes,
-        convert,
-        metadata["precision"],
-        in_graph,
-        str(metadata["weights_sha256"]),
+        has_classes=output == "logits",
+        convert=convert,
+        precision=metadata["precision"],
+        in_graph=in_graph,
+        weights_sha256=str(metadata["weights_sha256"]),
     )
 
 
@@ -151,8 +151,8 @@ def _foreign(session: Any, path: Path) -> Predictor:
             reason = " ".join(str(error).split())
             raise InputError(f"{path} cannot compute an array of {batch.shape}: {reason}") from None
 
-    has_classes = len(output.shape) == 2
-    return Predictor(run, path.name, session.get_providers()[0], None, {"input_size": size}, has_classes)
+    provider, has_classes = session.get_providers()[0], len(output.shape) == 2
+    return Predictor(run, path.name, provider, None, {"input_size": size}, has_classes=has_classes)
 
 
 def _tuple(value: Any) -> Any:
@@ -165,6 +165,8 @@ def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
         if missing := [name for name in METADATA if name not in stored]:
             raise InputError(f"is damaged, or of another version of sdzoo: its metadata lack {', '.join(missing)}")
         metadata = {name: json.loads(stored[name]) for name in METADATA}
+        if metadata["format"] != FORMAT:
+            raise InputError(f"is of another version of sdzoo: its format is {str(metadata['format'])[:80]!r}")
         shape = session.get_outputs()[0].shape
         check_description(metadata | {"arch": metadata["model"], "num_classes": shape[1] if len(shape) == 2 else 0})
         if not seal_holds(Path(path).read_bytes(), str(metadata["file_sha256"])):

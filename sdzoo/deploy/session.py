@@ -45,6 +45,7 @@ def open_session(path: str | Path, provider: str, threads: int | None) -> Any:
     options.log_severity_level = 4  # what went wrong is raised; ONNX Runtime would also print it
     if threads:
         options.intra_op_num_threads = threads
+    exact = {PROVIDERS["cuda"]: {"use_tf32": "0"}}  # its ten bits of mantissa do not hold the limit of float32
     wanted = [name for name in (PROVIDERS["cuda"], PROVIDERS["cpu"]) if name in compiled]
     if provider != "auto":
         wanted = [known[provider]]
@@ -54,8 +55,9 @@ def open_session(path: str | Path, provider: str, threads: int | None) -> Any:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if wanted[0] != PROVIDERS["cpu"]:
         onnxruntime.preload_dlls()
+    given = [(name, exact[name]) if name in exact else name for name in wanted]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
+        session = onnxruntime.InferenceSession(str(path), options, enable_fallback=0, providers=given)
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is no whole ONNX file, or {wanted[0]} cannot run it: {reason}") from None

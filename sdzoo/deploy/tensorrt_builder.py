@@ -31,8 +31,6 @@ from sdzoo.files import atomic_path
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # the extra's name, and the module's
 RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1")  # all it has, less 7.5, for which float32 does not compile
 
-RTX_MAGIC = b"vtrt"  # how its engines begin
-
 # In passing, and whatever it is asked, TensorRT for RTX complains to machines without a driver.
 NO_DRIVER = "cudaError 35"
 
@@ -179,11 +177,6 @@ def find_gpu() -> Gpu | None:
     return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
 
 
-def has_gpu() -> bool:
-    """Return whether there is a GPU here, with its driver; PyTorch is not asked."""
-    return find_gpu() is not None
-
-
 def build_engine(
     onnx: bytes, path: str | Path, batch: tuple[int, int, int] = (1, 8, 64), flavour: str = "auto"
 ) -> EngineFacts:
@@ -208,18 +201,6 @@ def build_engine(
         plan, layers = _compile(found, onnx, batch, targets)
         temporary.write_bytes(plan)
     return EngineFacts(found.name, found.version, gpu, targets, batch, layers, len(plan))
-
-
-def check_triton_plan(plan: bytes) -> None:
-    """Check that an engine may become a ``model.plan`` of Triton, which loads those of TensorRT only.
-
-    Raises:
-        InputError: if it is of TensorRT for RTX.
-    """
-    if plan.startswith(RTX_MAGIC):
-        raise InputError(
-            "an engine of TensorRT for RTX is no model.plan: Triton loads those of TensorRT only; serve the ONNX file"
-        )
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ UNVERIFIED = "model.unverified.engine"  # parity was not run
 Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
-def load_engine(path: str | Path, facts: Mapping[str, Any], rebuild: str, *, unverified: bool = False) -> Run:
+def load_engine(path: str | Path, facts: Mapping[str, Any], rebuild: str, prove: str | None) -> Run:
     """Return a callable that runs an engine on the first GPU: an array ``(B, ...)`` in, float32 logits out.
 
     It may be called from several threads; calls wait for each other. Batches above the largest that the engine was
@@ -32,7 +31,8 @@ def load_engine(path: str | Path, facts: Mapping[str, Any], rebuild: str, *, unv
         path: The engine.
         facts: What its card says of it (:meth:`EngineFacts.as_dict`).
         rebuild: The command that builds it anew, for the message if it does not fit here.
-        unverified: Load an engine that was not compared with its model: what ``sdzoo verify`` is for.
+        prove: The command that compares it with its model, for the message if that was not done; None: load it all the
+            same, in order to compare it.
 
     Raises:
         InputError: if the engine is unverified, there is no GPU, it was built by another TensorRT or for another GPU,
@@ -42,11 +42,10 @@ def load_engine(path: str | Path, facts: Mapping[str, Any], rebuild: str, *, unv
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    if path.name.endswith(".unverified.engine") and not unverified:
-        command = shlex.join(["sdzoo", "verify", str(path.parent / "model.onnx"), str(path)])
+    if path.name.endswith(".unverified.engine") and prove is not None:
         raise InputError(
             f"{path} was never compared with the model it was built from: on a machine with the GPU that it is for, "
-            f"run {command} --images DIR"
+            f"run {prove}"
         )
     if reason := why_not_here(facts):
         remedy = f"; build it anew here: {rebuild}" if torch.cuda.is_available() else ""

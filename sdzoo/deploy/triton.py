@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def write_repository(
     if Path(folder).exists() and not Path(folder).is_dir():
         raise InputError(f"{folder} is a file; name a folder")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with atomic_folder(Path(folder) / name, "config.pbtxt") as made:
+    with atomic_folder(Path(folder) / name, _own_files) as made:
         (made / VERSION).mkdir()
         (made / "config.pbtxt").write_text(text, encoding="utf-8")
         if names:
@@ -81,6 +81,11 @@ def write_repository(
         if backend == "python":
             shutil.copyfile(PYTHON_MODEL, made / VERSION / "model.py")
     return Path(folder) / name
+
+
+def _own_files(model: Path) -> Collection[str]:
+    files = {"config.pbtxt", "labels.txt", f"{VERSION}/model.onnx", f"{VERSION}/model.py"}
+    return files if (model / "config.pbtxt").is_file() else ()
 
 
 def _onnx_content(model: bytes | str | Path) -> bytes:

@@ -49,13 +49,12 @@ class Images:
         """Return uint8 ``(len(indices), C, H, W)``."""
         return torch.from_numpy(np.stack([self._read(index) for index in indices]))
 
-    def order(self, again: bool = True) -> list[list[int]]:
+    def order(self) -> list[list[int]]:
         """Return which images each batch holds: of 1, 2, 17 and 64, then all that are left.
 
-        Args:
-            again: Begin with the first again where there are too few for the batch of 64; else each comes once.
+        Where there are too few for the batch of 64, they begin again with the first.
         """
-        wanted = range(max(len(self), sum(BATCH_SIZES)) if again else len(self))
+        wanted = range(max(len(self), sum(BATCH_SIZES)))
         sizes = itertools.chain(BATCH_SIZES, itertools.repeat(LARGEST_BATCH))
         batches, start = [], 0
         while start < len(wanted):
@@ -69,10 +68,14 @@ class Images:
         return (self.read(indices) for indices in self.order())
 
     def labelled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each image once, with its label."""
+        """Yield :meth:`batches` with the label of each image; -1 where it comes again."""
         assert self.labels is not None
-        for indices in self.order(again=False):
-            yield self.read(indices), self.labels[indices]
+        seen = 0
+        for indices in self.order():
+            labels = self.labels[indices]
+            labels[max(0, len(self) - seen) :] = -1
+            seen += len(indices)
+            yield self.read(indices), labels
 
     def check_classes(self, labels: Sequence[str] | None, num_classes: int) -> None:
         """Check that the class folders, if any, are a model's; where it has no names, their order is its classes'.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sdzoo.deploy.card import NAME, Card, digests, read_card
+from sdzoo.deploy.card import CARD, FLOAT32_FILE, MODEL, Card, digests, read_card
 from sdzoo.deploy.precision import MAX_DROP_POINTS, PRECISIONS, judge
 from sdzoo.deploy.predictor import Predictor, model_predictor
 from sdzoo.deploy.runtime import load_predictor
@@ -31,7 +32,8 @@ def verify(
     """Return what shows that ``b`` computes what ``a`` does, by the rule of the lower precision of the two.
 
     An unverified TensorRT engine ``b`` that passes is given its name, and its card the result: from then on it is
-    loaded. It stays unverified, with a warning, if ``a`` cannot prove it: another model, or one of lower precision.
+    loaded. It stays unverified, with a warning, unless ``a`` proves it: the model that was trained, or its fp32 ONNX
+    file or folder. A file of lower precision has lost something itself, to which the engine's loss would be added.
 
     Args:
         a: The reference: a model (folded or not), a predictor, or an exported file or folder.
@@ -55,11 +57,12 @@ def verify(
         outputs = reference.pixels(chosen.read([0]).numpy(), config).shape[1]
         chosen.check_classes(reference.labels or candidate.labels, outputs)
     proof = judge(_compute(reference, config), _compute(candidate, config), chosen, precision, max_drop)
-    if (folder := _unverified_folder(b)) is not None:
+    if (found := _engine_folder(b)) is not None and not found[1].verified:
         if reason := _why_no_proof(a, reference, candidate):
             warnings.warn(f"{b} stays unverified: {reference.name} {reason}", stacklevel=2)
         else:
-            _promote(folder, proof, chosen, candidate.provider)
+            of = MODEL if isinstance(a, nn.Module) else FLOAT32_FILE
+            _promote(found[0], proof, chosen, candidate.provider, of)
     return proof
 
 
@@ -69,10 +72,10 @@ def verify_engine(model: nn.Module, folder: Path, images: Images, max_drop: floa
     Raises:
         InputError, ParityError: as :func:`verify`.
     """
-    reference, candidate = model_predictor(model), load_predictor(folder, unverified=True)
+    reference, candidate = model_predictor(copy.deepcopy(model).cpu()), load_predictor(folder, unverified=True)
     config = reference.config
     proof = judge(_compute(reference, config), _compute(candidate, config), images, candidate.precision, max_drop)
-    return _promote(folder, proof, images, candidate.provider)
+    return _promote(folder, proof, images, candidate.provider, MODEL)
 
 
 def _opened(operand: Operand) -> Predictor:
@@ -99,31 +102,32 @@ def _compute(predictor: Predictor, config: dict[str, Any]) -> Callable[[Tensor],
     return lambda images: torch.from_numpy(predictor.pixels(images.numpy(), config))
 
 
-def _unverified_folder(operand: Operand) -> Path | None:
-    """Return the exported folder whose engine ``operand`` names, if that engine was never compared."""
+def _engine_folder(operand: Operand) -> tuple[Path, Card] | None:
+    """Return the exported folder whose engine ``operand`` names, and its card, if it names one."""
     if not isinstance(operand, (str, Path)):
         return None
     folder = Path(operand) if Path(operand).is_dir() else Path(operand).parent
-    if not (folder / NAME).is_file():
+    if not (folder / CARD).is_file():
         return None
     card = read_card(folder)
     names_it = Path(operand).is_dir() or Path(operand).name == card.file
-    return folder if names_it and card.engine and not card.verified else None
+    return (folder, card) if names_it and card.engine else None
 
 
 def _why_no_proof(a: Operand, reference: Predictor, engine: Predictor) -> str | None:
     """Return why agreeing with ``a`` does not show that ``engine`` computes the model it was built from."""
-    if _unverified_folder(a) is not None:
-        return "is an engine that was never compared itself"
+    if _engine_folder(a) is not None:
+        return "is an engine itself"
     weights = state_sha256(a.state_dict()) if isinstance(a, nn.Module) else reference.weights_sha256
+    weights = None if isinstance(a, Predictor) else weights  # it does not say what computes
     if weights != engine.weights_sha256:
         return "is not the model that it was built from, or does not say so"
-    if PRECISIONS.index(reference.precision) > PRECISIONS.index(engine.precision):
-        return f"is {reference.precision}, which is less than the {engine.precision} of the engine"
+    if reference.precision != "fp32":
+        return f"is {reference.precision}, which has lost something itself: the model or its fp32 file proves an engine"
     return None
 
 
-def _promote(folder: Path, proof: Parity | Accuracy, images: Images, provider: str) -> Card:
+def _promote(folder: Path, proof: Parity | Accuracy, images: Images, provider: str, reference: str) -> Card:
     """Give a verified engine its name; at any moment the folder holds the file that its card names."""
     from sdzoo.deploy.tensorrt_engine import ENGINE
 
@@ -136,7 +140,7 @@ def _promote(folder: Path, proof: Parity | Accuracy, images: Images, provider: s
         card,
         file=ENGINE,
         files=files,
-        parity=proof.as_dict() | {"inputs": images.origin, "runtime": provider},
+        parity=proof.as_dict() | {"reference": reference, "inputs": images.origin, "runtime": provider},
         provider=provider,
         serve=f"sdzoo predict IMAGE --model {shlex.quote(str(folder))}",
     )

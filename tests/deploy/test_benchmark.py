@@ -180,6 +180,29 @@ def test_top1_of_images_in_class_folders(fake: Any, source: Any, exported: Path,
     assert row.top1_percent == 25.0  # 3 of 12
 
 
+def test_fp16_and_int8_from_one_end_to_the_other(classifier: nn.Module, labelled: Path, calibration: Path) -> None:
+    rows = benchmark(
+        *(classifier, ("onnx-fp16", "onnx-int8"), (1,), (1,), 2),
+        images=labelled,
+        calibration=calibration,
+        max_drop=20,
+    )
+    half, int8 = rows
+    assert (half.target, half.parity_kind, half.top1_percent) == ("onnx-fp16", "logits", pytest.approx(100, abs=0.5))
+    assert 1e-4 * half.parity_limit < half.parity <= half.parity_limit
+    assert (int8.target, int8.parity_kind, int8.parity_limit) == ("onnx-int8", "top1_loss_points", 20)
+    assert int8.top1_percent is not None
+    assert int8.parity == pytest.approx(100 - int8.top1_percent)  # the model's own top-1 is 100 here
+    assert 0 < int8.parity <= 20
+    assert half.file_mb != int8.file_mb
+
+
+def test_pictures_of_other_classes_are_refused(model: nn.Module, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "cat").symlink_to(labelled / "cat")
+    with pytest.raises(InputError, match="are cat; the model's are airplane"):
+        benchmark(model, ("eager",), images=tmp_path)
+
+
 def test_a_batch_is_computed_once() -> None:
     calls: list[int] = []
 

@@ -122,6 +122,29 @@ def test_what_a_library_prints_is_no_answer(model: nn.Module, exported: Path, mo
         assert len(process.time(1, 2).milliseconds) == 2
 
 
+def test_it_comes_to_rest_before_each_answer(
+    model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else its threads would still look for work while the next target is timed."""
+    rests = tmp_path / "rests"
+    noted = f"import sdzoo.deploy.benchmark_process as m; m._rest = lambda: print(file=open({str(rests)!r}, 'a'))"
+    command = benchmark_process.COMMAND.replace("serve(", f"{noted}; serve(")
+    monkeypatch.setattr(benchmark_process, "COMMAND", command)
+    with TargetProcess(opening(model, exported, "onnx")) as process:
+        for count in (1, 2):
+            process.time(1, 1)
+            assert len(rests.read_text().splitlines()) == count
+
+
+def test_memory_of_a_gpu_is_not_the_process_s(
+    model: nn.Module, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = "import sdzoo.deploy.benchmark_process as m; m.is_on_gpu = lambda provider: True; serve("
+    monkeypatch.setattr(benchmark_process, "COMMAND", benchmark_process.COMMAND.replace("serve(", on_gpu))
+    with TargetProcess(opening(model, exported, "onnx")) as process:
+        assert process.time(1, 1).peak_memory_mib is None
+
+
 def test_it_ends_with_its_context(model: nn.Module, exported: Path) -> None:
     with TargetProcess(opening(model, exported, "onnx")) as process:
         pid = process._process.pid
@@ -130,7 +153,8 @@ def test_it_ends_with_its_context(model: nn.Module, exported: Path) -> None:
 
 
 SCRIPT = """
-import timm, sdzoo
+import signal, timm, sdzoo
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script is started deaf to it
 model = timm.create_model("sd_resnet20", pretrained=True).eval()
 sdzoo.benchmark(model, ("eager", "folded"), (1,), (1,), samples=2000, progress=lambda text: print(text, flush=True))
 """

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sdzoo.deploy import benchmark_target as module
+from sdzoo.deploy import onnx_export
 from sdzoo.deploy.benchmark_target import TARGETS, Given, Opening, choose, device_name, make, open_target, opening
 from sdzoo.deploy.predictor import model_predictor
 from sdzoo.deploy.tensorrt_builder import Flavour, Gpu
@@ -129,6 +130,21 @@ def test_an_exported_file_is_the_very_one_that_onnx_and_openvino_open(model: nn.
     assert files["onnx"] == files["openvino"] == tmp_path / "fp32.onnx"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folded.pt", "fp32.onnx"]
     assert {"making folded", "making onnx", "making openvino"} < set(said)
+
+
+def test_each_file_is_exported_with_what_was_given(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(onnx_export, "export_onnx", lambda _, file, **given: calls.update({file.name: given}))
+    what = Given(default_images(CONFIG), "images", "calibration", None, 0.25)
+    make(model, ["onnx", "onnx-fp16", "onnx-int8"], tmp_path, what, print)
+    common = {"images": "images", "max_drop": 0.25, "progress": print}
+    assert calls == {
+        "fp32.onnx": common | {"precision": "fp32", "calibration": None},
+        "fp16.onnx": common | {"precision": "fp16", "calibration": None},
+        "int8.onnx": common | {"precision": "int8", "calibration": "calibration"},
+    }
 
 
 def test_a_graph_that_normalises_is_refused(model: nn.Module, tmp_path: Path) -> None:

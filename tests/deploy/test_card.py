@@ -80,7 +80,7 @@ def test_readme_says_what_it_takes_what_it_gives_and_what_was_compared(
     assert text.startswith("# sd_resnet20, fp32, for onnx\n")
     assert "`model.onnx` takes `images`, float32 (batch, 3, 32, 32)\nand gives `logits`, float32 (batch, 10)." in text
     assert "(pixel / 255 - mean) / std, mean 0.4914, 0.4822, 0.4465, std 0.247, 0.2435, 0.2616" in text
-    assert f"max |difference| {figures['max_abs_diff']:.2g} of {figures['allowed']:.2g} allowed on 84 images" in text
+    assert f"max |difference| {figures['max_abs_diff']:.2g} of {figures['allowed']:.2g} allowed on 80 images" in text
     assert f"    sdzoo predict IMAGE --model {onnx_folder}\n" in text
     text = (in_graph_folder / "README.md").read_text()
     assert "takes `images`, uint8 (batch, 32, 32, 3)" in text
@@ -96,13 +96,31 @@ def test_readme_says_what_it_takes_what_it_gives_and_what_was_compared(
             "sdzoo export sd_resnet20.t --to onnx --precision fp16 --images DIR -o DIR",
         ),
         (
+            {"backend": "tensorrt-rtx", "parity": {"max_drop_points": 2}},
+            "sdzoo export CHECKPOINT --to onnx --precision fp32 --backend tensorrt-rtx --max-drop 2 -o DIR",
+        ),
+        (
             {"precision": "int8", "target": "triton"},
             "sdzoo export CHECKPOINT --to triton --precision int8 --images DIR --calibration DIR -o DIR",
         ),
     ],
 )
-def test_command_that_makes_it_anew(onnx_folder: Path, changed: dict[str, str], command: str) -> None:
+def test_command_that_makes_it_anew(onnx_folder: Path, changed: dict[str, Any], command: str) -> None:
     assert dataclasses.replace(read_card(onnx_folder), **changed).rebuild == command  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "command"),
+    [
+        ({}, "sdzoo verify '{0}/model.onnx' '{0}/m.engine' --images DIR"),
+        ({"precision": "fp16"}, "sdzoo verify CHECKPOINT '{0}/m.engine' --images DIR"),
+        ({"precision": "int8", "tag": "t"}, "sdzoo verify sd_resnet20.t '{0}/m.engine' --images DIR"),
+    ],
+)
+def test_command_that_proves_an_engine(onnx_folder: Path, changed: dict[str, str], command: str) -> None:
+    """Never the file that it was built from where that has lost something itself."""
+    card = dataclasses.replace(read_card(onnx_folder), file="m.engine", **changed)  # type: ignore[arg-type]
+    assert card.prove(Path("my folder")) == command.format("my folder")
 
 
 def test_command_says_who_normalises(in_graph_folder: Path) -> None:
@@ -172,6 +190,8 @@ def test_names_that_lead_out_of_the_folder_or_nowhere(folder: Path, name: str, a
         ({"model": 5}, "an entry is of another type"),
         ({"tag": 5}, "an entry is of another type"),
         ({"files": []}, "an entry is of another type"),
+        ({"backend": 5}, "an entry is of another type"),
+        ({"served_by": {}}, "an entry is of another type"),
         ({"survival_probs": [1.5]}, "survival_probs is '[1.5]'"),
         ({"parity": "passed"}, 'its parity is neither "not run" nor figures'),
         ({"parity": {}}, 'its parity is neither "not run" nor figures'),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,10 +56,58 @@ def test_fp16_takes_a_thousand_real_images() -> None:
         check_images("fp16", images(2000, made=True))
 
 
-def test_int8_takes_labels() -> None:
-    check_images("int8", images(3, torch.arange(3)))
-    with pytest.raises(InputError, match=r"in class folders \(--images DIR\); given are those"):
-        check_images("int8", images(3))
+def test_int8_takes_200_labelled_images() -> None:
+    """So that one image is at most half a point."""
+    check_images("int8", images(200, torch.arange(200) % 3))
+    for given in (images(200), images(199, torch.arange(199) % 3)):
+        with pytest.raises(InputError, match=r"at least 200 images in class folders \(--images DIR\); given are those"):
+            check_images("int8", given)
+
+
+@pytest.mark.parametrize("points", [float("nan"), -0.1, 100.1, float("inf")])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_loss_that_cannot_be(points: float, precision: str) -> None:
+    with pytest.raises(InputError, match=f"max_drop is {points}; it is in points of top-1, 0 to 100"):
+        judge(answers(), answers(), images(300, torch.arange(300) % 3), precision, points)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_both_are_computed_in_full_float32_on_a_gpu_too(precision: str) -> None:
+    """Whatever the user set, which is found again afterwards."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    seen: list[bool] = []
+
+    def watched(batch: Tensor) -> Tensor:
+        seen.extend(backend.allow_tf32 for backend in backends)
+        return answers()(batch)
+
+    try:
+        judge(watched, watched, images(200, torch.arange(200) % 3), precision)
+        assert set(seen) == {False}
+        assert all(backend.allow_tf32 for backend in backends)
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("count", [1, 10, 84, 100])
+def test_images_that_come_again_are_compared_and_not_counted(count: int) -> None:
+    proof = judge(answers(), answers(), images(count), "fp32")
+    assert isinstance(proof, Parity)
+    assert (proof.images, proof.top1_equal, proof.top1_below_margin) == (count, count, 0)
+    assert proof.batch_sizes[:4] == (1, 2, 17, 64)
+    seen = 0
+
+    def wrong_at_last(batch: Tensor) -> Tensor:
+        nonlocal seen
+        seen += len(batch)
+        return answers()(batch) + (seen >= 84)
+
+    with pytest.raises(ParityError, match="batch of 64"):
+        judge(answers(), wrong_at_last, images(count), "fp32")
 
 
 def test_fp32_takes_any() -> None:
@@ -95,7 +144,7 @@ def test_fp16_keeps_top1_on_99_5_percent() -> None:
         judge(nearly(answers()), nearly(wrong_after(994)), images(1000), "fp16")
 
 
-@pytest.mark.parametrize("count", [30, 1000])
+@pytest.mark.parametrize("count", [200, 1000])
 def test_int8_is_judged_by_the_accuracy_it_loses(count: int) -> None:
     """However far off the logits are."""
     given = images(count, torch.arange(count) % 3)
@@ -129,7 +178,7 @@ def test_int8_may_gain() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_int8_outputs_must_be_finite_and_of_the_same_classes(bad: float) -> None:
-    given = images(30, torch.arange(30) % 3)
+    given = images(200, torch.arange(200) % 3)
     with pytest.raises(ParityError, match="not finite"):
         judge(answers(), lambda batch: answers()(batch) * bad, given, "int8")
     with pytest.raises(ParityError, match=r"the output is \(1, 2\), the reference's \(1, 3\)"):

@@ -145,12 +145,10 @@ def test_unknown_preset(classifier: Net) -> None:
         quantize(onnx_graph(sdzoo.fold(classifier), (3, 32, 32), "logits"), "gpu", iter([]))
 
 
-@pytest.mark.parametrize("count", [0, 1, 255])
-def test_too_few_images(classifier: Net, count: int, caplog: pytest.LogCaptureFixture) -> None:
-    """And ONNX Runtime's advice, which this graph has had, is not logged."""
+def test_onnx_runtimes_advice_is_not_logged(classifier: Net, caplog: pytest.LogCaptureFixture) -> None:
+    """This graph has had it."""
     graph = onnx_graph(sdzoo.fold(classifier), (3, 32, 32), "logits")
-    with pytest.raises(InputError, match=f"calibrated on {count} images; int8 needs at least 256"):
-        quantize(graph, "cpu", iter([normalised_pixels(PIXELS[:count])] if count else []))
+    quantize(graph, "cpu", iter([normalised_pixels(PIXELS[:2])]))
     assert caplog.records == []
     assert logging.root.manager.disable == logging.NOTSET
 
@@ -200,14 +198,9 @@ def test_a_loss_above_max_drop_leaves_nothing_and_says_by_how_much(
     assert float(lost[2]) == pytest.approx(float(lost[1]) - 100, abs=1e-9)
 
 
-def test_images_are_needed(tmp_path: Path, classifier: Net, calibration: Path) -> None:
-    said = attempt(classifier, tmp_path, calibration=calibration)
-    assert "int8 is judged by top-1, on images in class folders (--images DIR); given are 10 real pictures" in said
-
-
 def test_class_folders_are_needed(tmp_path: Path, classifier: Net, calibration: Path) -> None:
     said = attempt(classifier, tmp_path, calibration=calibration, images=calibration)
-    assert "on images in class folders (--images DIR); given are 256 pictures of" in said
+    assert "on at least 200 images in class folders (--images DIR); given are 256 pictures of" in said
 
 
 def test_classes_must_be_the_models(tmp_path: Path, classifier: Net, few: Path, calibration: Path) -> None:
@@ -217,10 +210,11 @@ def test_classes_must_be_the_models(tmp_path: Path, classifier: Net, few: Path, 
     assert "are cat; the model's are airplane, automobile, bird, cat, deer and 5 more" in said
 
 
-def test_calibration_is_needed(tmp_path: Path, classifier: Net, few: Path) -> None:
-    said = attempt(classifier, tmp_path, images=few)
-    assert "int8 needs at least 256 pictures to calibrate on" in said
-    assert "--calibration DIR" in said
+def test_both_folders_are_needed(tmp_path: Path, classifier: Net, few: Path, calibration: Path) -> None:
+    """What is missing is said at once."""
+    for given in ({"images": few}, {"calibration": calibration}, {}):
+        said = attempt(classifier, tmp_path, **given)
+        assert "judged on (--images DIR), and at least 256 others to calibrate on (--calibration DIR)" in said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -79,7 +79,7 @@ def metadata(exported: Path) -> dict[str, str]:
 
 
 def test_a_strangers_file_computes_arrays_and_says_what_is_unknown(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.onnx", linear_graph(), {"author": "somebody"})
+    path = write(tmp_path / "x.onnx", linear_graph(), {"author": "somebody", "labels": "cat,dog", "format": "mine"})
     with pytest.warns(UserWarning, match="no metadata of sdzoo's: its labels, how pictures are resized and") as seen:
         predictor = load_predictor(path)
     assert seen[0].filename == __file__
@@ -149,6 +149,13 @@ def test_an_engine_that_is_not_the_cards(tmp_path: Path, onnx_folder: Path) -> N
 def test_metadata_that_lack_something(tmp_path: Path, metadata: dict[str, str], missing: str) -> None:
     del metadata[missing]
     assert f"its metadata lack {missing}" in refused(write(tmp_path / "x.onnx", linear_graph(), metadata))
+
+
+@pytest.mark.parametrize("version", ["sdzoo-99", "sdzoo-2"])
+def test_a_file_of_another_format(tmp_path: Path, metadata: dict[str, str], version: str) -> None:
+    """Also without the producer's name, which the quantiser replaces."""
+    path = write(tmp_path / "x.onnx", linear_graph(), metadata | {"format": json.dumps(version)})
+    assert refused(path) == f"{path}: is of another version of sdzoo: its format is '{version}'"
 
 
 @pytest.mark.parametrize(

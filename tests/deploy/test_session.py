@@ -13,6 +13,8 @@ from sdzoo.deploy.predictor import Predictor
 from sdzoo.deploy.runtime import load_predictor
 from sdzoo.errors import InputError
 
+EXACT_CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})  # TF32, its default, does not hold the limit
+
 
 class Sessions:
     """Stands for onnxruntime.InferenceSession: notes what was asked for; ``runs`` is the provider it claims to run."""
@@ -82,20 +84,20 @@ def test_a_named_provider_that_falls_back_in_silence_is_an_error(
     sessions = install(monkeypatch, [name, "CPUExecutionProvider"])
     with pytest.raises(InputError, match=f"asked for {name}, but this machine can only run CPUExecutionProvider"):
         load_predictor(exported, provider)
-    assert sessions.providers == [[name]]
+    assert sessions.providers == [[EXACT_CUDA if provider == "cuda" else name]]
     assert sessions.options[0].get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
 
 
 def test_a_named_provider_that_runs_is_the_only_one_listed(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = install(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"], "CUDAExecutionProvider")
     assert load_predictor(exported, "cuda").provider == "CUDAExecutionProvider"
-    assert sessions.providers == [["CUDAExecutionProvider"]]
+    assert sessions.providers == [[EXACT_CUDA]]
 
 
 def test_auto_takes_cuda_where_it_runs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = install(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"], "CUDAExecutionProvider")
     assert load_predictor(exported).provider == "CUDAExecutionProvider"
-    assert sessions.providers == [["CUDAExecutionProvider", "CPUExecutionProvider"]]
+    assert sessions.providers == [[EXACT_CUDA, "CPUExecutionProvider"]]
 
 
 def test_auto_warns_where_cuda_was_installed_but_does_not_run(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,14 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tensorrt_double import install, pretend
+from tensorrt_double import Plan, install, pretend
 
 from sdzoo.deploy.tensorrt_builder import (
     EngineFacts,
     Gpu,
     build_engine,
-    check_triton_plan,
     find_flavour,
     find_gpu,
-    has_gpu,
 )
 from sdzoo.errors import InputError
 from sdzoo.extras import MissingExtra
@@ -111,12 +109,11 @@ class Driver:
 def test_the_driver_is_asked_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     assert find_gpu() == Gpu("NVIDIA L4", "8.9")
-    assert has_gpu()
 
 
 def test_a_driver_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(code=100))
-    assert not has_gpu()
+    assert find_gpu() is None
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +208,11 @@ def test_what_does_not_compile_is_refused_in_tensorrts_words(rtx: Any, tmp_path:
     refused(tmp_path, relu(producer="breaks"), match=r"cannot compile the ONNX file: no kernel; for this$")
 
 
+def test_an_empty_plan_is_refused(rtx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtx.Builder, "build_serialized_network", lambda *_: Plan())
+    refused(tmp_path, relu(), match="cannot compile the ONNX file: it does not say why")
+
+
 @pytest.mark.parametrize(
     ("content", "shapes"),
     [
@@ -248,9 +250,3 @@ def test_facts_that_cannot_be_read(change: dict[str, Any], message: str) -> None
     del facts["gpu"], facts["bytes"]
     with pytest.raises(InputError, match="lacks bytes, gpu"):
         EngineFacts.from_dict(facts)
-
-
-def test_an_engine_for_rtx_is_no_plan_for_triton() -> None:
-    check_triton_plan(b"ftrt and more")
-    with pytest.raises(InputError, match=r"TensorRT for RTX is no model\.plan: Triton loads those of TensorRT only"):
-        check_triton_plan(b"vtrt and more")

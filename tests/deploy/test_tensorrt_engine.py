@@ -25,6 +25,7 @@ RTX_4090, RTX_4080, H100 = (
     for name, capability in (("GeForce RTX 4090", "8.9"), ("GeForce RTX 4080", "8.9"), ("H100", "9.0"))
 )
 REBUILD = "sdzoo export sd_resnet20 --to tensorrt -o folder"
+PROVE = "sdzoo verify sd_resnet20 model.unverified.engine"
 TENSORRT, RTX = {"tensorrt": "11.4.0.106"}, {"tensorrt_rtx": "1.7.1.116"}
 
 
@@ -51,7 +52,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
 
 
 def loaded(place: Place, content: bytes, **kwargs: Any) -> Run:
-    return load_engine(place.path, place.build(content, **kwargs), REBUILD)
+    return load_engine(place.path, place.build(content, **kwargs), REBUILD, PROVE)
 
 
 # Running
@@ -121,14 +122,14 @@ def test_an_engine_for_rtx_runs_on_every_target(place: Place, exported: Path) ->
     for capability in ("8.0", "8.6", "8.9", "12.0", "12.1"):
         place.has(Gpu("some GPU", capability), RTX)
         assert why_not_here(facts) is None
-    assert load_engine(place.path, facts, REBUILD)(random_images(1).numpy()).shape == (1, 10)
+    assert load_engine(place.path, facts, REBUILD, PROVE)(random_images(1).numpy()).shape == (1, 10)
 
 
 def test_an_engine_of_tensorrt_runs_on_its_gpu(place: Place, exported: Path) -> None:
     place.has(RTX_4090, TENSORRT | RTX)
     facts = place.build(exported.read_bytes())
     assert why_not_here(facts) is None
-    assert load_engine(place.path, facts, REBUILD)(random_images(1).numpy()).shape == (1, 10)
+    assert load_engine(place.path, facts, REBUILD, PROVE)(random_images(1).numpy()).shape == (1, 10)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_elsewhere_the_command_that_rebuilds_it_is_told(
     facts = place.build(exported.read_bytes())
     place.has(*here)
     with pytest.raises(InputError) as caught:
-        load_engine(place.path, facts, REBUILD)
+        load_engine(place.path, facts, REBUILD, PROVE)
     assert str(caught.value) == f"{place.path} was built {message}; build it anew here: {REBUILD}"
 
 
@@ -176,13 +177,13 @@ def test_where_building_anew_would_not_help(place: Place, exported: Path, monkey
     facts = place.build(exported.read_bytes())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"needs a PyTorch with CUDA for its memory; here is [^;]*$"):
-        load_engine(place.path, facts, REBUILD)
+        load_engine(place.path, facts, REBUILD, PROVE)
     place.has(None, RTX)
     with pytest.raises(InputError, match=r"runs on an NVIDIA GPU, and there is none here, or no driver for it$"):
-        load_engine(place.path, facts, REBUILD)
+        load_engine(place.path, facts, REBUILD, PROVE)
     place.has(RTX_4090, {})
     with pytest.raises(MissingExtra, match=r"sdzoo\[tensorrt-rtx\]"):
-        load_engine(place.path, facts, REBUILD)
+        load_engine(place.path, facts, REBUILD, PROVE)
 
 
 # Files
@@ -191,20 +192,19 @@ def test_where_building_anew_would_not_help(place: Place, exported: Path, monkey
 def test_an_unverified_engine_is_refused_unless_it_is_to_be_verified(place: Place, exported: Path) -> None:
     place.path = place.path.with_name("model.unverified.engine")
     facts = place.build(exported.read_bytes())
-    command = f"sdzoo verify {place.path.with_name('model.onnx')} {place.path} --images DIR"
-    with pytest.raises(InputError, match=re.escape(command)):
-        load_engine(place.path, facts, REBUILD)
-    assert load_engine(place.path, facts, REBUILD, unverified=True)(random_images(1).numpy()).shape == (1, 10)
+    with pytest.raises(InputError, match=re.escape(f"run {PROVE}")):
+        load_engine(place.path, facts, REBUILD, PROVE)
+    assert load_engine(place.path, facts, REBUILD, None)(random_images(1).numpy()).shape == (1, 10)
 
 
 def test_files_that_are_missing_or_damaged(place: Place, exported: Path) -> None:
     facts = place.build(exported.read_bytes())
     with pytest.raises(InputError, match=r"other\.engine does not exist"):
-        load_engine(place.path.with_name("other.engine"), facts, REBUILD)
+        load_engine(place.path.with_name("other.engine"), facts, REBUILD, PROVE)
     content = place.path.read_bytes()
     place.path.write_bytes(content[:-1])
     with pytest.raises(InputError, match=rf"is damaged: it has {len(content) - 1} bytes, its card says {len(content)}"):
-        load_engine(place.path, facts, REBUILD)
+        load_engine(place.path, facts, REBUILD, PROVE)
     place.path.write_bytes(b"?" * len(content))
     with pytest.raises(InputError, match=r"tensorrt-rtx 1\.7\.1\.116 cannot load .*: magic tag does not match"):
-        load_engine(place.path, facts, REBUILD)
+        load_engine(place.path, facts, REBUILD, PROVE)

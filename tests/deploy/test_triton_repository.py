@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nets import close, random_images
+from nets import Net, close, random_images
 
 import sdzoo
 from sdzoo.deploy import triton
@@ -217,7 +217,7 @@ def test_refused(tmp_path: Path, exported: Path, arguments: dict[str, Any], said
 
 
 @needs_tritonclient
-@pytest.mark.parametrize("content", [b"", b"ptrt\x00\x01", b"ftrt\x00\x01", b"RTX"])
+@pytest.mark.parametrize("content", [b"", b"ptrt\x00\x01", b"ftrt\x00\x01", b"vtrt\x00\x01", b"RTX"])
 def test_an_engine_is_never_written(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.engine").write_bytes(content)
     for model in (content, tmp_path / "model.engine"):
@@ -235,9 +235,57 @@ def test_a_missing_file_and_a_folder_of_other_things(tmp_path: Path, exported: P
         write_repository(tmp_path / "file", "net", exported, CARD)
     (tmp_path / "net").mkdir()
     (tmp_path / "net" / "thesis.tex").touch()
-    with pytest.raises(InputError, match="holds other things"):
+    (tmp_path / "net" / "labels.txt").touch()
+    with pytest.raises(InputError, match=r"holds other things \(labels\.txt, thesis\.tex\)"):
         write_repository(tmp_path, "net", exported, CARD)
-    assert tree(tmp_path) == ["file", "net/thesis.tex"]
+    assert tree(tmp_path) == ["file", "net/labels.txt", "net/thesis.tex"]
+
+
+@needs_tritonclient
+def test_a_version_that_somebody_added_is_kept(tmp_path: Path, exported: Path) -> None:
+    model = write_repository(tmp_path, "net", exported, CARD, backend="python")
+    (model / "2").mkdir()
+    (model / "2" / "model.onnx").touch()
+    with pytest.raises(InputError, match=r"net holds other things \(2/model\.onnx\); name another folder"):
+        write_repository(tmp_path, "net", exported, CARD)
+    assert (model / "2" / "model.onnx").is_file()
+
+
+# Exported
+
+
+@needs_tritonclient
+@pytest.mark.parametrize(("backend", "preset"), [(None, "cpu"), ("onnxruntime-tensorrt", "tensorrt")])
+def test_int8_is_quantised_for_what_computes(
+    tmp_path: Path, classifier: Net, few: Path, calibration: Path, backend: str | None, preset: str
+) -> None:
+    out = tmp_path / "out"
+    card = sdzoo.export(
+        classifier,
+        "triton",
+        out,
+        backend=backend,
+        precision="int8",
+        images=few,
+        calibration=calibration,
+        max_drop=20.0,
+    )
+    assert isinstance(card.parity, dict) and card.parity["preset"] == preset
+    optimization = config_of(out / "model_repository" / "sd_resnet20").optimization
+    accelerators = optimization.execution_accelerators.gpu_execution_accelerator
+    assert [a.parameters["precision_mode"] for a in accelerators] == ["INT8"] * (preset == "tensorrt")
+
+
+@needs_tritonclient
+def test_a_model_that_somebody_added_to_an_exported_repository_is_kept(tmp_path: Path, classifier: Net) -> None:
+    out = tmp_path / "out"
+    sdzoo.export(classifier, "triton", out)
+    sdzoo.export(classifier, "triton", out, backend="python")  # over the first
+    write_repository(out / "model_repository", "mine", out / "model_repository/sd_resnet20/1/model.onnx", CARD)
+    before = tree(out)
+    with pytest.raises(InputError, match=r"out holds other things \(model_repository/mine/1/model\.onnx, "):
+        sdzoo.export(classifier, "triton", out)
+    assert tree(out) == before
 
 
 @needs_tritonclient

@@ -49,13 +49,16 @@ def test_batches_of_1_2_17_and_64_and_then_all_that_are_left(count: int, sizes: 
     assert [given.name(place) for place in (0, 1, len(seen) - 1)] == [f"n{seen[place]}" for place in (0, 1, -1)]
 
 
-@pytest.mark.parametrize("count", [1, 3, 50, 84, 200])
-def test_labelled_batches_hold_each_image_once(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 3, 50, 83, 84, 200])
+def test_labelled_batches_have_all_sizes_and_count_each_image_once(count: int) -> None:
     given = numbered(count)
     given = Images(given.origin, given.names, given._read, ("a",), torch.arange(count))
     pairs = list(given.labelled_batches())
-    assert torch.cat([labels for _, labels in pairs]).tolist() == list(range(count))
-    assert torch.cat([images for images, _ in pairs]).flatten().tolist() == list(range(count))
+    assert [len(labels) for _, labels in pairs][:4] == [1, 2, 17, 64]
+    assert torch.cat([labels for _, labels in pairs]).tolist() == [*range(count), *[-1] * (84 - count)]
+    assert torch.equal(torch.cat([images for images, _ in pairs]), torch.cat(list(given.batches())))
+    assert given.labels is not None
+    assert given.labels.tolist() == list(range(count))  # its own are left alone
 
 
 # What there is without a folder
@@ -119,6 +122,13 @@ def test_class_folders_give_labels(tmp_path: Path) -> None:
 def test_a_folder_without_classes_has_no_labels(tmp_path: Path) -> None:
     given = images_of(folder_of(tmp_path, "b.png", "a.png"), CONFIG)
     assert (given.classes, given.labels, given.names) == ((), None, ("a.png", "b.png"))
+
+
+def test_pictures_of_another_colour_mode_are_converted(tmp_path: Path) -> None:
+    """Folders of real pictures hold grey ones."""
+    Image.fromarray(blots(1, seed=1)[0]).convert("L").save(tmp_path / "grey.png")
+    (image,) = images_of(tmp_path, CONFIG).read([0])
+    assert torch.equal(image, image[:1].expand(3, -1, -1))
 
 
 def test_a_damaged_picture_is_named_when_it_is_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,14 +15,14 @@ import pytest
 import torch
 from nets import Net, calibrated, random_images
 from onnx_files import save_sealed
-from samples import FILES, equal, tree
+from samples import FILES, LABELS, equal, normalised, tree
 from tensorrt_double import install, pretend
 
 import sdzoo
 from sdzoo.deploy.card import read_card
 from sdzoo.deploy.export import export
 from sdzoo.deploy.onnx_export import export_onnx
-from sdzoo.deploy.predictor import model_predictor
+from sdzoo.deploy.predictor import Predictor, model_predictor
 from sdzoo.deploy.runtime import load_predictor
 from sdzoo.deploy.tensorrt_builder import Gpu
 from sdzoo.deploy.verify import Operand, verify
@@ -61,8 +62,8 @@ def other(classifier: Net) -> Net:
 def test_every_pair(operands: dict[str, Operand], a: str, b: str) -> None:
     proof = verify(operands[a], operands[b])
     assert isinstance(proof, Parity)
-    assert (proof.images, proof.batch_sizes, proof.tol) == (84, (1, 2, 17, 64), 1e-4)
-    assert proof.top1_equal == 84
+    assert (proof.images, proof.batch_sizes, proof.tol) == (80, (1, 2, 17, 64), 1e-4)
+    assert proof.top1_equal == 80
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,7 +149,7 @@ def test_a_strangers_file_is_fed_as_the_other_one(
 ) -> None:
     path = foreign(tmp_path / "x.onnx", onnx_folder / "model.onnx", size=size)
     for pair in ((operands["model"], path), (path, operands["model"])):
-        assert verify(*pair).images == 84
+        assert verify(*pair).images == 80
     with pytest.raises(ParityError, match=r"output \[4\]"):
         verify(other, path)
     with pytest.raises(InputError, match=r"neither x\.onnx nor x\.onnx says how pictures are normalised"):
@@ -180,6 +181,41 @@ def test_int8_is_judged_as_int8(operands: dict[str, Operand], int8_folder: Path,
         verify(operands["model"], int8_folder)
 
 
+@pytest.mark.parametrize("max_drop", [float("nan"), -5, 1e9])
+def test_a_max_drop_that_is_none(operands: dict[str, Operand], other: Net, max_drop: float) -> None:
+    for candidate in (operands["folder"], other):
+        with pytest.raises(InputError, match=f"max_drop is {max_drop}; it is in points of top-1, 0 to 100"):
+            verify(operands["model"], candidate, max_drop=max_drop)
+
+
+# What a stranger's file does not say
+
+
+@pytest.mark.filterwarnings("ignore:.*has no metadata:UserWarning")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_strangers_file_takes_classes_and_normalisation_from_the_other_one(
+    classifier: Net, onnx_folder: Path, labelled: Path, tmp_path: Path, first: bool
+) -> None:
+    path = foreign(tmp_path / "x.onnx", onnx_folder / "model.onnx")
+    shuffled = tmp_path / "images"
+    for name, label in zip(sorted(LABELS), sorted(LABELS)[1:] + sorted(LABELS)[:1], strict=True):
+        shutil.copytree(labelled / label, shuffled / f"{name}s")
+    with pytest.raises(InputError, match="the model's are airplane"):
+        verify(*((path, classifier) if first else (classifier, path)), shuffled)
+
+
+def test_pictures_are_cropped_as_the_reference_says(classifier: Net) -> None:
+    reference = model_predictor(classifier)
+    seen: list[np.ndarray] = []
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        seen.append(batch)
+        return reference._run(batch)
+
+    verify(reference, Predictor(run, "x", "y", None, reference.config | {"crop_pct": 0.5}))
+    np.testing.assert_allclose(seen[0], normalised(FILES[0]), rtol=0, atol=1e-5)
+
+
 # Engines
 
 
@@ -206,14 +242,16 @@ def test_an_unverified_engine_is_refused_until_it_was_verified(classifier: Net, 
     assert (card.file, card.verified) == ("model.engine", True)
     assert set(card.files) == {"labels.json", "model.engine", "model.onnx"}
     assert card.parity == proof.as_dict() | {
+        "reference": "the fp32 ONNX file of the model that was trained",
         "inputs": "10 real pictures, 8 ways each",
         "runtime": f"tensorrt-rtx 1.7.1.116, {RTX_4090}",
     }
     assert card.engine is not None
-    assert card.engine["onnx_parity"]["images"] == 84
+    assert card.engine["onnx_parity"]["images"] == 80
     readme = (engine / "README.md").read_text()
     assert "`model.engine` takes" in readme
     assert "not run" not in readme
+    assert "\nCompared with the fp32 ONNX file of the model that was trained: max |difference| " in readme
     assert f"sdzoo predict IMAGE --model {engine}" in readme
     for path in (engine, engine / "model.engine"):
         predictor = load_predictor(path)
@@ -228,6 +266,7 @@ def test_an_unverified_engine_is_refused_until_it_was_verified(classifier: Net, 
 def test_the_model_itself_proves_an_engine(classifier: Net, engine: Path, by_folder: bool) -> None:
     verify(classifier, engine if by_folder else str(engine / "model.unverified.engine"))
     load_predictor(engine)
+    assert "\nCompared with the model that was trained: max |difference| " in (engine / "README.md").read_text()
 
 
 def test_an_engine_that_fails_stays_unverified(classifier: Net, other: Net, engine: Path) -> None:
@@ -253,9 +292,42 @@ def test_what_proves_nothing_leaves_it_unverified(
 
 
 def test_a_file_of_lower_precision_proves_nothing(classifier: Net, engine: Path, int8_folder: Path, few: Path) -> None:
-    with pytest.warns(UserWarning, match="is int8, which is less than the fp32 of the engine"):
-        verify(int8_folder, engine, few)
+    with pytest.warns(UserWarning, match="is int8, which has lost something itself"):
+        verify(int8_folder, engine, few, 10)
     assert not read_card(engine).verified
+
+
+def test_an_engine_that_was_compared_proves_no_other(classifier: Net, engine: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(engine, tmp_path / "other"))
+    verify(classifier, other)
+    for reference, reason in ((other, "an engine itself"), (load_predictor(other), "not the model .*does not say so")):
+        with pytest.warns(UserWarning, match=f"{engine} stays unverified: sd_resnet20 is {reason}"):
+            verify(reference, engine)
+    assert not read_card(engine).verified
+
+
+def test_an_int8_engine_is_not_proved_by_the_file_it_was_built_from(
+    classifier: Net, few: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has lost something already, and the engine may lose as much again; the fp32 file proves it."""
+    install(monkeypatch, tensorrt_rtx="1.7.1.116")
+    pretend(monkeypatch, None)
+    engine = tmp_path / "engine"
+    card = export(classifier, "tensorrt", engine, precision="int8", images=few, calibration=calibration, max_drop=20)
+    pretend(monkeypatch, RTX_4090)
+    command = f"sdzoo verify CHECKPOINT {engine}/model.unverified.engine --images DIR --max-drop 20"
+    assert card.serve == f"{command}    # on the target, before anything else"
+    with pytest.raises(InputError, match=re.escape(f"run {command}")):
+        load_predictor(engine)
+    with pytest.warns(UserWarning, match="is int8, which has lost something itself"):
+        verify(engine / "model.onnx", engine, few, 20)
+    assert not read_card(engine).verified
+    fp32 = tmp_path / "fp32"
+    export(classifier, "onnx", fp32)
+    proof = verify(fp32, engine, few, 20)
+    assert isinstance(proof, Accuracy)
+    assert proof.top1_percent_before == 100.0  # of the model, not of the int8 file
+    assert read_card(engine).verified
 
 
 class Killed(BaseException):

@@ -12,6 +12,7 @@ import sdzoo
 
 ROOT = Path(__file__).parents[2]
 KITS = ROOT / "export"
+IGNORING = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")  # runs what follows with SIGINT ignored
 
 
 def export_folder(folder: Path, preprocess: str = "client") -> Path:

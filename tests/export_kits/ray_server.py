@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from exported import IGNORING
 
 KIT = Path(__file__).parents[2] / "export" / "ray_serve"
 JPEG, PNG, JSON = "image/jpeg", "image/png", "application/json"
@@ -82,8 +83,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, work: Path, under: tuple[str, ...] = (), **autoscaling: float) -> Iterator[Server]:
-    """Serve ``folder`` with a copy of the kit, and see that nothing is left of it afterwards."""
+def serving(
+    folder: Path, work: Path, under: tuple[str, ...] = (), end: int = signal.SIGTERM, **autoscaling: float
+) -> Iterator[Server]:
+    """Serve ``folder`` with a copy of the kit, and see that the signal ``end`` leaves nothing of it.
+
+    It is started with SIGINT ignored, as a shell starts what it is given with ``&``.
+    """
     kit = Path(shutil.copytree(KIT, work / "kit", ignore=shutil.ignore_patterns("__pycache__")))
     config = yaml.safe_load((kit / "config.yaml").read_text())
     config["deployment"]["autoscaling_config"] |= {"max_replicas": 2} | autoscaling
@@ -94,7 +100,7 @@ def serving(folder: Path, work: Path, under: tuple[str, ...] = (), **autoscaling
     home = Path(tempfile.mkdtemp(prefix="sdzoo-ray-", dir="/tmp"))  # the path of a Unix socket is short
     with (work / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*under, sys.executable, "start.py", str(folder), "--port", str(port)],
+            [*IGNORING, *under, sys.executable, "start.py", str(folder), "--port", str(port)],
             cwd=kit,
             env=os.environ | {"RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "1"},  # they are off all the same
             stdout=log,
@@ -105,7 +111,7 @@ def serving(folder: Path, work: Path, under: tuple[str, ...] = (), **autoscaling
     try:
         eventually(server.healthy, "the server to be ready", 180)
         yield server
-        process.terminate()
+        process.send_signal(end)
         assert process.wait(60) == 0, server.log.read_text()
         eventually(lambda: not processes(home), "Ray to end", 30)
     finally:

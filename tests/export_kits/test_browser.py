@@ -281,10 +281,11 @@ def page_logits(page: Chromium, contents: list[bytes]) -> NDArray[np.float64]:
 @needs_chromium
 @pytest.mark.parametrize("where", ["client", "in-graph"])
 def test_logits_of_png_pictures_are_pythons(chromium: Chromium, kit: Path, where: str, request: Any) -> None:
-    """At the input's size, and larger ones, transparent and grey ones, which the page resizes and converts itself."""
+    """At the input's size, and larger, opaque and grey ones, which the page resizes and converts itself."""
     exported = request.getfixturevalue("folder" if where == "client" else "in_graph")
     contents = [png(Image.open(file)) for file in demo_pictures().values()]
     contents += [png(noise(300, 200)), png(noise(90, 170)), png(noise(64, 64).convert("L"))]
+    contents += [png(noise(64, 64).convert("RGBA")), png(noise(64, 64).quantize(200))]
     with served(kit, exported) as url:
         chromium.open(url, READY)
         got = page_logits(chromium, contents)
@@ -356,6 +357,17 @@ def spoiled(kind: str, folder: Path) -> tuple[str, bytes]:
         return "small.png", png(Image.new("RGB", (7, 40)))
     if kind == "damaged":
         return "damaged.png", png(noise(64, 64))[:60] + bytes(40)
+    if kind == "nearly opaque":
+        image = noise(64, 64).convert("RGBA")
+        image.putpixel((63, 63), (9, 9, 9, 254))
+        return "glass.png", png(image)
+    if kind == "a colour that is transparent":
+        image = noise(64, 64).quantize(200)
+        content = io.BytesIO()
+        image.save(content, "PNG", transparency=image.getpixel((0, 0)))
+        return "keyed.png", content.getvalue()
+    if kind == "16 bits":
+        return "deep.png", png(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)))
     return {"empty": ("empty.png", b""), "text": ("notes.txt", b"A text is no picture.")}[kind]
 
 
@@ -368,6 +380,9 @@ def spoiled(kind: str, folder: Path) -> tuple[str, bytes]:
         ("100 megapixels", "large.png has 10000x10000 pixels; at most 64 million"),
         ("7 pixels", "small.png has 7x40 pixels; at least 8x8"),
         ("damaged", "damaged.png "),
+        ("nearly opaque", "glass.png is transparent in places; save it without transparency first"),
+        ("a colour that is transparent", "keyed.png is transparent in places"),
+        ("16 bits", "deep.png has more than 8 bits a channel; scale it to 8 first"),
     ],
 )
 def test_file_that_is_no_usable_picture(page: Chromium, tmp_path: Path, folder: Path, kind: str, said: str) -> None:

@@ -99,7 +99,9 @@ def test_damaged_or_missing_file(own_folder: Path, name: str) -> None:
     ("change", "said"),
     [
         ({"format": "other"}, 'not of the format "sdzoo-1"'),
-        ({"file": "model.engine"}, "what `sdzoo export --to onnx` wrote"),
+        ({"file": "labels.json"}, "holds labels.json; this kit runs what `sdzoo export --to onnx` wrote"),
+        ({"file": "model.engine"}, "has no sha256 of model.engine"),
+        ({"files": {}}, "has no sha256 of labels.json, model.onnx"),
         ({"preprocessing": {"crop_mode": "border"}}, 'crop_mode is "border"'),
     ],
 )

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ pictures = sys.modules["pictures"] = load_file(KIT / "pictures.py")
 client = load_file(KIT / "client.py")
 
 REQUESTS = 256
+FILES = list(demo_pictures().values())
 
 
 @pytest.fixture(scope="module", params=["client", "in-graph"])
@@ -67,6 +70,11 @@ def reference(card: dict[str, Any], folder: Path, batch: NDArray[Any]) -> NDArra
 
     session = onnxruntime.InferenceSession(folder / card["file"], providers=["CPUExecutionProvider"])
     return np.concatenate([np.asarray(session.run(["logits"], {"images": image[None]})[0]) for image in batch])
+
+
+def array(card: dict[str, Any], file: Path) -> NDArray[Any]:
+    """Return a picture as the model takes it."""
+    return pictures.to_array(pictures.open_picture(file), card)
 
 
 def noise(card: dict[str, Any], count: int) -> NDArray[Any]:
@@ -105,13 +113,19 @@ def equal(reference: NDArray[np.float32], answers: NDArray[np.float32]) -> None:
 # The configuration
 
 
-@pytest.mark.parametrize("tensorrt", [False, True], ids=["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("preprocess", ["client", "in-graph"])
+@pytest.mark.parametrize("backend", [None, "onnxruntime-tensorrt"])
 def test_the_onnxruntime_configuration_is_good_to_the_last_step(
-    tmp_path: Path, folder: Path, card: dict[str, Any], tensorrt: bool
+    tmp_path: Path, backend: str | None, preprocess: str
 ) -> None:
     """This Triton has no such backend: what it says last of a good configuration is that it cannot find it."""
-    write_repository(tmp_path / "model_repository", "net", folder / card["file"], card, tensorrt=tensorrt)
-    errors = errors_of(tmp_path, tmp_path / "log")
+    model = timm.create_model("sd_resnet20", pretrained=True).eval()
+    out = tmp_path / "out"
+    sdzoo.export(model, "triton", out, backend=backend, preprocess=preprocess)
+    assert f"tritonserver --model-repository={out}/model_repository" in (out / "README.md").read_text()
+    card = pictures.read_card(out)
+    equal(model_predictor(model)(FILES), reference(card, out, np.stack([array(card, file) for file in FILES])))
+    errors = errors_of(out, tmp_path / "log")
     assert errors
     assert all("unable to find backend library for backend 'onnxruntime'" in line for line in errors), errors
 
@@ -201,7 +215,7 @@ def test_instances_work_side_by_side(tmp_path: Path, folder: Path, card: dict[st
 
 def test_labels_are_known_to_the_server(server: Server, card: dict[str, Any]) -> None:
     """Triton's own classification extension answers with lines of labels.txt."""
-    image = pictures.to_array(pictures.open_picture(demo_pictures()["truck"]), card)[None]
+    image = array(card, demo_pictures()["truck"])[None]
     datatype = client.DATATYPES[card["input"]["dtype"]]
     tensor = {"name": "images", "shape": image.shape, "datatype": datatype, "data": image.ravel().tolist()}
     wanted = {"name": "logits", "parameters": {"classification": 3}}
@@ -292,12 +306,11 @@ def run_client(server: Server, folder: Path, *arguments: str | Path) -> subproce
 
 
 def test_the_client_says_of_the_demo_pictures_what_sdzoo_says(server: Server, folder: Path) -> None:
-    files = list(demo_pictures().values())
-    done = run_client(server, folder, *files)
+    done = run_client(server, folder, *FILES)
     assert done.returncode == 0, done.stderr
     expected = []
     predictor = model_predictor(timm.create_model("sd_resnet20", pretrained=True).eval())
-    for file, best in zip(files, predictor.top(files), strict=True):
+    for file, best in zip(FILES, predictor.top(FILES), strict=True):
         expected += [str(file), *(f"  {one.probability:6.1%}  {one.label}" for one in best)]
     assert done.stdout.splitlines() == expected
 
@@ -313,9 +326,12 @@ def test_the_client_sends_no_more_pictures_at_once_than_the_model_takes(server: 
 def test_the_client_says_what_is_wrong(server: Server, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     cat = demo_pictures()["cat"]
+    unsealed = Path(shutil.copytree(folder, tmp_path / "unsealed"))
+    (unsealed / "card.json").write_text(json.dumps(json.loads((folder / "card.json").read_text()) | {"files": {}}))
     for asked, arguments, code, said in (
         (folder, [tmp_path / "empty.jpg"], 2, "empty.jpg is not a picture"),
         (tmp_path, [cat], 2, "holds no card.json"),
+        (unsealed, [cat], 2, "has no sha256 of labels.json, model_repository/sd_resnet20/1/model.onnx"),
         (folder, [cat, "--model=other"], 1, "other"),
         (folder, [cat, "--url=127.0.0.1:1"], 1, "no answer from 127.0.0.1:1"),
         (folder, [cat, "--url=127.0.0.1:http"], 2, "http"),
@@ -344,10 +360,17 @@ def test_a_folder_without_repository_is_said(tmp_path: Path) -> None:
     assert "model_repository is not a folder" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_ending_the_script_ends_all_that_it_started(tmp_path: Path, folder: Path, number: signal.Signals) -> None:
     with running(folder, tmp_path / "log") as server:
         server.process.send_signal(number)
-        assert server.process.wait(60) == 0
-        with pytest.raises(ProcessLookupError):  # the group has no member left
-            os.killpg(server.process.pid, 0)
+        if number != signal.SIGKILL:
+            assert server.process.wait(60) == 0
+            with pytest.raises(ProcessLookupError):  # the group has no member left
+                os.killpg(server.process.pid, 0)
+            return
+        server.process.wait(60)
+        end = time.monotonic() + 60
+        while server.listens():
+            assert time.monotonic() < end, "the server outlived the script"
+            time.sleep(0.1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 
-from exported import KITS
+from exported import IGNORING, KITS
 
 KIT = KITS / "triton"
 
@@ -27,6 +27,12 @@ class Server:
     process: subprocess.Popen[bytes]
     ports: dict[str, int]
     log: Path
+
+    def listens(self) -> bool:
+        """Return whether any port is taken."""
+        with contextlib.ExitStack() as sockets:
+            probes = [(sockets.enter_context(socket.socket()), port) for port in self.ports.values()]
+            return any(probe.connect_ex(("127.0.0.1", port)) == 0 for probe, port in probes)
 
     def connection(self, port: str = "http") -> HTTPConnection:
         return HTTPConnection("127.0.0.1", self.ports[port], timeout=60)
@@ -73,9 +79,10 @@ def free_ports() -> dict[str, int]:
 
 
 def start(folder: Path, log: Path) -> Server:
-    """Start the kit's serve.py on ``folder``."""
+    """Start the kit's serve.py on ``folder``, with SIGINT ignored, as a shell starts what it is given with ``&``."""
     ports = free_ports()
-    command = [sys.executable, KIT / "serve.py", folder, *(f"--{name}-port={port}" for name, port in ports.items())]
+    command = [*IGNORING, sys.executable, KIT / "serve.py", folder]
+    command += [f"--{name}-port={port}" for name, port in ports.items()]
     with log.open("w") as file:
         process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, start_new_session=True)
     return Server(process, ports, log)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,21 +15,11 @@ from nets import calibrated, random_images
 import sdzoo
 from sdzoo.deploy.predictor import Predictor, model_predictor
 from sdzoo.deploy.runtime import load_predictor
+from sdzoo.parity import Parity
 
 pytestmark = pytest.mark.gpu
 
 Record = Callable[[str, object], None]
-
-# In a process of its own: whether CUDA's libraries round to TF32 is settled when they are loaded.
-DIFFERENCE = """
-import json, sys
-import numpy as np
-from sdzoo.deploy.runtime import load_predictor
-predictor = load_predictor(sys.argv[1], "cuda")
-images, expected = np.load(sys.argv[2]), np.load(sys.argv[3])
-difference = float(np.abs(predictor(images) - expected).max())
-print(json.dumps([predictor.provider, difference / max(1.0, float(np.abs(expected).max()))]))
-"""
 
 
 def cuda_provider() -> bool:
@@ -50,25 +37,22 @@ needs_the_provider = pytest.mark.skipif(
 
 @needs_the_provider
 def test_the_cuda_provider_computes_the_model(tmp_path: Path, record_property: Record) -> None:
-    """An export under the CUDA provider agrees with eager PyTorch on the CPU; by how much with TF32 is recorded."""
-    import numpy as np
-
+    """An export under the CUDA provider agrees with eager PyTorch on the CPU within the limit: no TF32."""
     model, images = calibrated("sd_resnet110"), random_images(16).numpy()
     sdzoo.export_onnx(model, tmp_path / "model.onnx")
-    np.save(tmp_path / "images.npy", images)
-    np.save(tmp_path / "expected.npy", model_predictor(model)(images))
-    files = [str(tmp_path / name) for name in ("model.onnx", "images.npy", "expected.npy")]
-    relative = {}
-    for name, override in (("float32", {"NVIDIA_TF32_OVERRIDE": "0"}), ("TF32", {})):
-        done = subprocess.run(
-            [sys.executable, "-c", DIFFERENCE, *files], capture_output=True, text=True, env=os.environ | override
-        )
-        assert done.returncode == 0, done.stderr
-        provider, relative[name] = json.loads(done.stdout.splitlines()[-1])
-        assert provider == "CUDAExecutionProvider"
-        record_property(f"relative_difference_{name}", relative[name])
-    assert relative["float32"] <= 1e-4
-    assert relative["TF32"] <= 1e-2
+    expected, predictor = model_predictor(model)(images), load_predictor(tmp_path / "model.onnx", "cuda")
+    assert predictor.provider == "CUDAExecutionProvider"
+    relative = float(abs(predictor(images) - expected).max()) / max(1.0, float(abs(expected).max()))
+    record_property("relative_difference", relative)
+    assert relative <= 1e-4
+
+
+def test_a_model_on_the_gpu_is_compared_in_full_float32(tmp_path: Path, record_property: Record) -> None:
+    """``verify`` of a model on the GPU, as it is by default, against its copy on the CPU."""
+    model = calibrated("sd_resnet110")
+    proof = sdzoo.verify(copy.deepcopy(model).cuda(), model)
+    assert isinstance(proof, Parity)
+    record_property("difference_of_allowed", proof.max_abs_diff / proof.allowed)
 
 
 @needs_the_provider

@@ -16,7 +16,11 @@ from nets import calibrated, random_images
 from torch import Tensor, nn
 
 import sdzoo
+from sdzoo import assets
+from sdzoo.deploy import export as export_module
+from sdzoo.deploy.export import export
 from sdzoo.deploy.predictor import model_predictor
+from sdzoo.deploy.runtime import load_predictor
 from sdzoo.deploy.tensorrt_builder import EngineFacts, Gpu, build_engine, find_flavour, find_gpu
 from sdzoo.deploy.tensorrt_engine import Run, load_engine, why_not_here
 from sdzoo.errors import InputError
@@ -63,7 +67,7 @@ def engine(content: bytes, path: Path) -> tuple[Run, EngineFacts]:
     facts = build_engine(content, path)
     if reason := why_not_here(facts.as_dict()):
         pytest.skip(f"the engine {reason}")
-    return load_engine(path, facts.as_dict(), "make test-gpu"), facts
+    return load_engine(path, facts.as_dict(), "make test-gpu", None), facts
 
 
 def test_the_driver_and_pytorch_name_the_same_gpu() -> None:
@@ -130,6 +134,30 @@ def test_bytes_are_normalised_in_the_graph(tmp_path: Path) -> None:
 
 
 @needs_tensorrt
+@pytest.mark.parametrize("preprocess", ["client", "in-graph"])
+def test_from_export_to_prediction(preprocess: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export compares its engine at once; one that could not is verified, given its name, and loaded."""
+    model = calibrated("sd_resnet20")
+    at_once = export(model.cuda(), "tensorrt", tmp_path / "at once", preprocess=preprocess)
+    model = model.cpu()
+    if at_once.file == "model.unverified.engine":
+        pytest.skip("the engine does not run on this GPU")
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "why_not_here", lambda _: "is built as on another machine")
+        later = export(model, "tensorrt", tmp_path / "later", preprocess=preprocess)
+    assert (at_once.file, later.file) == ("model.engine", "model.unverified.engine")
+    with pytest.raises(InputError, match="was never compared"):
+        load_predictor(tmp_path / "later")
+    sdzoo.verify(tmp_path / "later" / "model.onnx", tmp_path / "later")
+    pictures = list(assets.pictures().values())
+    expected = model_predictor(model)(pictures)
+    for name in ("at once", "later"):
+        predictor = load_predictor(tmp_path / name)
+        assert predictor.provider.startswith("tensorrt")
+        assert np.abs(predictor(pictures) - expected).max() <= 1e-4 * max(1.0, float(np.abs(expected).max()))
+
+
+@needs_tensorrt
 def test_threads_share_an_engine(tmp_path: Path) -> None:
     """Eight threads get what one gets."""
     run, _ = engine(at("fp32", calibrated(), 32), tmp_path / "model.engine")
@@ -146,7 +174,7 @@ def test_an_engine_of_another_version_is_refused(tmp_path: Path) -> None:
     """An engine whose card names another version is refused with the command that builds it anew."""
     facts: dict[str, Any] = build_engine(at("fp32", calibrated(), 32), tmp_path / "model.engine").as_dict()
     with pytest.raises(InputError, match=r"built with .* 0\.1; here is .*; build it anew here: the command"):
-        load_engine(tmp_path / "model.engine", facts | {"version": "0.1"}, "the command")
+        load_engine(tmp_path / "model.engine", facts | {"version": "0.1"}, "the command", None)
 
 
 @needs_tensorrt
