@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,22 +25,18 @@ class Macs:
 
 
 def count_macs(model: nn.Module, input_size: Sequence[int]) -> Macs:
-    """Return what one image of ``input_size`` (C, H, W) costs ``model``, whose training mode stays as it is.
+    """Return what one image of ``input_size`` (C, H, W) costs ``model``, which is left alone.
 
     Raises:
         InputError: if the model has no gates.
     """
+    model = copy.deepcopy(model)  # a forward in training counts its batches
     first = next(model.parameters())
     image = torch.zeros(1, *input_size, device=first.device, dtype=first.dtype)
     blocks = [module for module in model.modules() if gates_of(module)]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        macs, computed = _macs(model.eval(), image, blocks)
-        with fixed_gates(model.train(), [0] * len(gates(model))):
-            base, skipped = _macs(model, image, blocks)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    macs, computed = _macs(model.eval(), image, blocks)
+    with fixed_gates(model.train(), [0] * len(gates(model))):
+        base, skipped = _macs(model, image, blocks)
     # Gates of one block share p, and each draws for itself: its branches count by the same p.
     probs = [gates_of(block)[0].read() for block in blocks]
     dropped = sum(p * (a - b) for p, a, b in zip(probs, computed, skipped, strict=True))

@@ -16,8 +16,10 @@ from timm.models import _registry as timm_registry
 from torch import Tensor, nn
 
 from sdzoo import registry, weights, zoo
+from sdzoo.digest import state_sha256
 from sdzoo.errors import InputError
 from sdzoo.gate import Gate
+from sdzoo.macs import count_macs
 from sdzoo.training.checkpoint import describe, save_weights
 
 NAME = "sd_resnet20.cifar10_jpeg"
@@ -295,3 +297,11 @@ def test_open_a_missing_checkpoint(name: str) -> None:
 def test_open_a_path_that_is_no_file(name: str) -> None:
     with pytest.raises(InputError):
         zoo.open_model(name)
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    model = timm.create_model("sd_resnet20").train()
+    before = state_sha256(model.state_dict())
+    count_macs(model, (3, 32, 32))
+    assert state_sha256(model.state_dict()) == before
+    assert all(module.training for module in model.modules())

@@ -84,9 +84,9 @@ def published_files(folder: Path) -> set[str]:
         with open(plain_file(folder, SUMS), encoding="utf-8", errors="replace") as file:
             names = {*read_sums(file.read(MAX_SUMS_BYTES + 1)), SUMS}
     except InputError as error:
-        raise InputError(f"{folder} holds other things than a published model ({error}); name another folder") from None
+        raise InputError(f"{folder} holds other things than a published model ({error})") from None
     if not {MODEL, CONFIG} <= names <= OURS:
-        raise InputError(f"{folder} holds other things than a published model (see its {SUMS}); name another folder")
+        raise InputError(f"{folder} holds other things than a published model (see its {SUMS})")
     return names
 
 

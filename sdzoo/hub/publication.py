@@ -33,7 +33,7 @@ from sdzoo.hub.layout import (
     RESOLVED_RECIPE,
     RESULTS,
     SUMS,
-    read_sums,
+    published_files,
     write_sums,
 )
 from sdzoo.hub.measured import Figures, Measured, read_measured
@@ -109,7 +109,7 @@ def write_folder(
         ParityError: if what was written does not load as the model that it came from.
         MissingExtra: without the extra ``plots``, or ``onnx`` where it is asked for.
     """
-    with atomic_folder(out, own_files) as folder:
+    with atomic_folder(out, published_files) as folder:
         _fill(folder, subject, details, progress)
         progress("loading what was written")
         check_loads(folder, subject.model)
@@ -121,20 +121,6 @@ def _check_still(subject: Subject) -> None:
     measured = subject.measured
     if measured and read_measured(subject.source, measured.figures is None) != measured:
         raise InputError(f"{subject.source} changed while it was read; run again")
-
-
-def own_files(folder: Path) -> set[str]:
-    """Return what a published ``folder`` says that it holds.
-
-    Raises:
-        InputError: if it is none.
-    """
-    if not (folder / SUMS).is_file():
-        raise InputError(f"{folder} is no published folder: it has no {SUMS}")
-    sums = read_sums((folder / SUMS).read_text(encoding="utf-8", errors="replace"))
-    if not {MODEL, CONFIG} <= sums.keys():
-        raise InputError(f"{folder} is no published folder: its {SUMS} does not list {MODEL} and {CONFIG}")
-    return {SUMS, *sums}
 
 
 def check_loads(folder: Path, model: nn.Module) -> None:
