@@ -466,8 +466,11 @@ def test_an_onnx_file_that_is_not_sdzoos_takes_no_pictures(
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "x.onnx")
     for argv in (["predict", CAT, "--model", tmp_path / "x.onnx"], ["eval", tmp_path / "x.onnx", "--data-dir", data]):
-        with pytest.warns(UserWarning, match="no metadata of sdzoo's"):
-            assert "does not say how pictures are resized and normalised" in refused(capsys, *argv)
+        said = sdzoo_command(capsys, *argv)
+        warning, error = said.err.splitlines()
+        assert warning.startswith("warning: ") and "no metadata of sdzoo's" in warning
+        assert error.startswith("sdzoo: ") and "does not say how pictures are resized and normalised" in error
+        assert said.code == 2
 
 
 def test_an_onnx_file_whose_metadata_are_of_another_model(capsys: Capture, exported: Path, tmp_path: Path) -> None:

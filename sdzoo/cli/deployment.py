@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdzoo.cli.parser import Commands, numbers, positive, words
-from sdzoo.cli.predictor import BUNDLED, model_options, open_operand, open_predictor
+from sdzoo.cli.predictor import BUNDLED, model_options, open_operand, open_predictor, warnings_on_one_line
 from sdzoo.errors import InputError
 from sdzoo.extras import require
 
@@ -79,8 +77,7 @@ def add_commands(commands: Commands) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from sdzoo.images import open_image
 
-    with warnings_on_one_line():
-        predictor = open_predictor(arguments)
+    predictor = open_predictor(arguments)
     for image in arguments.image:  # all faults before any answer
         open_image(image, predictor.config["input_size"][0], arguments.convert)
     print(f"{predictor.name}, {predictor.provider}")
@@ -194,18 +191,6 @@ def _print_rows(rows: Sequence[Row]) -> None:
 
     show_progress("")
     print(as_text(rows))
-
-
-@contextmanager
-def warnings_on_one_line() -> Iterator[None]:
-    """Print what is warned of to a person, without the line of code that it comes from."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for warning in seen:
-                print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def show_progress(text: str) -> None:

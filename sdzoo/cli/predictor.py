@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +44,8 @@ def open_predictor(arguments: argparse.Namespace) -> Predictor:
 
     convert = getattr(arguments, "convert", False)
     if is_exported(arguments.model):
-        return load_predictor(arguments.model, arguments.provider, convert=convert)
+        with warnings_on_one_line():
+            return load_predictor(arguments.model, arguments.provider, convert=convert)
     if arguments.provider not in ("auto", "cpu"):
         raise InputError(f"--provider is for exported files; {arguments.model} runs in PyTorch")
     return model_predictor(open_model(arguments.model, arguments.arch), convert)
@@ -59,3 +64,15 @@ def open_operand(name: str, arch: str | None) -> nn.Module | str:
         return name
     prefix, folded, source = name.rpartition("folded:")
     return fold(open_model(source, arch)) if folded and not prefix else open_model(name, arch)
+
+
+@contextmanager
+def warnings_on_one_line() -> Iterator[None]:
+    """Print what is warned of to a person, without the line of code that it comes from."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in seen:
+                print(f"warning: {warning.message}", file=sys.stderr)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sdzoo.description import check_description
-from sdzoo.digest import file_sha256
+from sdzoo.digest import file_sha256, state_sha256
 from sdzoo.errors import InputError
 from sdzoo.extras import require
 from sdzoo.gate import gates
@@ -94,7 +94,7 @@ def train(
         require("tensorboard")
     folder = RunFolder(Path(output))
     with ExitStack() as stack:
-        stack.enter_context(sigterm_raises(Interrupted("terminated before the first step")))
+        stack.enter_context(sigterm_raises(Interrupted("terminated outside of training, nothing is lost")))
         stack.enter_context(lost_workers_named())
         team = stack.enter_context(processes(device, comforts.advice))
         stack.enter_context(deterministic(team.device))
@@ -151,6 +151,7 @@ class Run:
             data_sha256=self.training_data.fingerprint,
             validation_data_sha256=self.validation_data.fingerprint,
             survival_probs=[gate.p for gate in gates(model)],
+            start_sha256=state_sha256(model.state_dict()),
             world=team.shard.world,
             data_dir=data_dir,
         )
@@ -204,8 +205,11 @@ class Run:
             self.saved_at = time.monotonic()
             try:
                 while progress.epoch < self.trainer.epochs:
-                    self._train_epoch(stop, profiler)
+                    stopping = self._train_epoch(stop, profiler)
                     self._finish_epoch()
+                    if stopping and progress.epoch < self.trainer.epochs:
+                        self.team.meet()
+                        raise Interrupted(f"stopped after epoch {progress.epoch}; {self.folder.last} goes on")
             except Diverged as error:
                 kept = f"{self.folder.last} is from before" if self.folder.last.exists() else "nothing was saved yet"
                 raise Diverged(f"{error}; {kept}") from None
@@ -213,8 +217,9 @@ class Run:
             self._finish_run()
         return self.folder.best
 
-    def _train_epoch(self, stop: threading.Event, profiler: Any) -> None:
-        progress, trainer = self.progress, self.trainer
+    def _train_epoch(self, stop: threading.Event, profiler: Any) -> bool:
+        """Train to the end of the epoch, and return whether the run was asked to stop there."""
+        progress, trainer, stopping = self.progress, self.trainer, False
         trainer.enter_epoch()
         steps, images = self.training_data.steps, self.recipe.batch_size * self.recipe.grad_accum_steps
         micro_batches = _Timed(self.training_data.epoch(progress.epoch, progress.batch))
@@ -246,16 +251,19 @@ class Run:
                 if profiler is not None:
                     profiler.step()
                 # Several processes agree to stop in the next step; one alone need not wait for it.
-                asked = step.stop or (stop.is_set() and not self.team.many)
+                stopping = step.stop or (stop.is_set() and not self.team.many)
+                if progress.batch == steps and self.team.many:
+                    continue  # their statistics of BatchNorm are not one yet: no checkpoint before they are
                 saved = False
-                if asked or time.monotonic() - self.saved_at >= self.comforts.checkpoint_interval_s:
+                if stopping or time.monotonic() - self.saved_at >= self.comforts.checkpoint_interval_s:
                     saved = self._save_within_epoch()
-                if asked:
+                if stopping:
                     self.team.meet()  # nobody leaves while the first one may still be writing
                     kept = f"{self.folder.last} goes on" + ("" if saved else " from the start of an epoch")
                     kept = kept if saved or self.folder.last.is_file() else "nothing was saved yet"
                     raise Interrupted(f"stopped in epoch {progress.epoch + 1}, batch {progress.batch}; {kept}")
                 progress.log_s += time.perf_counter() - done
+        return stopping
 
     def _count(self, step: Step) -> None:
         progress = self.progress

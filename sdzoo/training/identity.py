@@ -18,6 +18,7 @@ class Identity:
         recipe: The recipe's entries.
         data_sha256: Fingerprint of the training data, ``validation_data_sha256`` that of the validation data.
         survival_probs: p of every block.
+        start_sha256: Of the weights before the first step.
         world: Number of processes.
         data_dir: Where the data is, for messages.
     """
@@ -26,6 +27,7 @@ class Identity:
     data_sha256: str
     validation_data_sha256: str
     survival_probs: list[float]
+    start_sha256: str
     world: int
     data_dir: Path
 
@@ -43,6 +45,7 @@ class Identity:
         return {
             "recipe": _sha256(self.recipe | {"data_dir": None}),
             "data": f"{self.data_sha256} {self.validation_data_sha256}",
+            "starting weights": self.start_sha256,
         }
 
     def differences(self, stored: Mapping[str, Any], survival_probs: Sequence[float]) -> list[str]:

@@ -33,18 +33,24 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+class _Terminated(BaseException):
+    """No Exception: what reads pictures takes those for faults of the picture."""
+
+
 @contextmanager
 def sigterm_raises(error: Exception) -> Iterator[None]:
-    """Let SIGTERM raise ``error`` in the main thread, where it would end the process without a word."""
+    """Let SIGTERM in the main thread raise ``error`` from the ``with``: else the process would end without a word."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def raise_error(*_: Any) -> None:
-        raise error
+    def terminate(*_: Any) -> None:
+        raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, raise_error)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except _Terminated:
+        raise error from None
     finally:
         signal.signal(signal.SIGTERM, before)

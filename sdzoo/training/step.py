@@ -136,8 +136,8 @@ class Trainer:
         """Make the processes' models one: since the last forward, BatchNorm statistics are each process's own."""
         if self.team.many:
             with lost_processes_named(self.team.shard):
-                if self.recipe.dist_bn:
-                    distribute_bn(self.model, self.team.shard.world, self.recipe.dist_bn == "reduce")
+                # Without dist_bn the first process's count, as they do in the next step: what is kept is validated.
+                distribute_bn(self.model, self.team.shard.world, self.recipe.dist_bn == "reduce")
                 if self.ema is not None:
                     distribute_bn(self.ema, self.team.shard.world, reduce=False)
 

@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 
 import sdzoo
 from sdzoo.errors import InputError
-from sdzoo.training import engine
 from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
 from sdzoo.training.data.loader import open_split, open_training_data
+from sdzoo.training.data.sources import FolderSource
 from sdzoo.training.distributed import Processes
 from sdzoo.training.engine import Comforts, Diverged, Interrupted, train
 from sdzoo.training.evaluate import evaluate
@@ -367,12 +367,13 @@ def test_corrupt_images_that_other_ranks_saw_count_too(
 # Interruption
 
 
-def test_sigterm_while_data_is_read_can_say_how_to_go_on(
+def test_sigterm_while_pictures_are_read_can_say_how_to_go_on(
     image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And is no fault of the picture."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(engine, "open_training_data", lambda *_: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted, match="terminated before the first step"):
+    monkeypatch.setattr(FolderSource, "image", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match="terminated outside of training, nothing is lost"):
         train(make_recipe(epochs=1), image_folder, tmp_path / "run", device="cpu")
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_run, named_seed
+from runs import assert_same_run, named_seed, table
 
 from sdzoo.training.checkpoint import read_checkpoint
 
@@ -133,6 +133,21 @@ engine.train(load_recipe(recipe), Path(data), Path(output), device="cpu", comfor
 """
 
 
+# Killed while it validates, with a checkpoint after every step that can be one.
+VALIDATING = """
+import os, sys
+from pathlib import Path
+from sdzoo.training import engine
+from sdzoo.training.recipe_file import load_recipe
+
+recipe, data, output, how = sys.argv[1:]
+if how == "killed":
+    engine.evaluate = lambda *_: os._exit(9)
+comforts = engine.Comforts(checkpoint_interval_s=0)
+engine.train(load_recipe(recipe), Path(data), Path(output), how == "resumed", device="cpu", comforts=comforts)
+"""
+
+
 def write_recipe(path: Path, batch_size: int, epochs: int = 2, no_aug: bool = False, more: str = "") -> Path:
     crop = "null" if no_aug else "pad4"
     path.write_text(
@@ -222,6 +237,22 @@ def test_two_ranks_interrupted_and_resumed_are_the_undisturbed_two_to_the_bit(
     assert (tmp_path / "cut" / "steps.csv").read_text() == (tmp_path / "whole" / "steps.csv").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dist_bn", ["reduce", ""])
+def test_two_ranks_killed_between_the_last_step_and_its_validation_lose_nothing(
+    image_folder: Path, tmp_path: Path, dist_bn: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", batch_size=8, epochs=2, more=f'dist_bn: "{dist_bn}"')
+    for run, how, expected in (("whole", "plain", 0), ("cut", "killed", 9), ("cut", "resumed", 0)):
+        for code, _, errors in finish(start(2, ["-c", VALIDATING, recipe, image_folder, tmp_path / run, how])):
+            assert code == expected, errors
+    cut, whole = (read_checkpoint(tmp_path / run / "last.pth")[0] for run in ("cut", "whole"))
+    assert all(torch.equal(cut[key], whole[key]) for key in whole)
+    logs = [[row | {"seconds": ""} for row in table(tmp_path / run / "log.csv")] for run in ("cut", "whole")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.slow
 def test_machines_with_disks_of_their_own_go_on_from_the_first_ones_checkpoint(
     image_folder: Path, tmp_path: Path
 ) -> None:
@@ -285,6 +316,7 @@ def test_ranks_draw_dropout_of_their_own_and_end_an_epoch_as_one(image_folder: P
     assert first["after"]["ema"] == first["apart"]["ema"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_reads_for_long_is_waited_for(image_folder: Path, tmp_path: Path, rank: int) -> None:
     """20 s, of ranks that wait 8 s for each other in training and call 6 s of silence death."""

@@ -105,9 +105,14 @@ class Loader:
         weakref.finalize(self, _end_workers, self.loader, os.getpid())
 
     def __iter__(self) -> Iterator[Any]:
-        with _no_advice():
-            batches = iter(self.loader)
-        yield from batches
+        try:
+            with _no_advice():
+                batches = iter(self.loader)
+            yield from batches
+        except (ConnectionError, EOFError) as error:
+            if "in DataLoader worker" in str(error):  # one that its reading raised, not the pipe from it
+                raise
+            raise RuntimeError("a DataLoader worker is gone") from error
 
 
 @contextmanager

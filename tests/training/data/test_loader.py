@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from sdzoo.training.data import image_set
 from sdzoo.training.data.augment import training_steps
 from sdzoo.training.data.loader import open_evaluation_data, open_split
 from sdzoo.training.data.sources import open_source
-from sdzoo.training.data.streaming import Samples
-from sdzoo.training.distributed import Shard
+from sdzoo.training.data.streaming import Loader, Samples, lost_workers_named
+from sdzoo.training.distributed import LostProcess, Shard
 
 __all__ = ["any_md5"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -340,3 +341,24 @@ def test_only_the_first_rank_downloads(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(InputError):
         training(tmp_path, dataset="torch/cifar10")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), LostProcess),
+        (EOFError(), LostProcess),
+        (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."), ConnectionResetError),
+    ],
+)
+def test_a_worker_that_dies_while_it_hands_over_is_a_lost_process(
+    error: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Iterator[None]:
+        yield None
+        raise error
+
+    loader = Loader([1])  # type: ignore[arg-type]
+    monkeypatch.setattr(loader, "loader", broken())
+    with pytest.raises(expected), lost_workers_named():
+        list(loader)
