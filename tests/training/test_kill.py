@@ -265,7 +265,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(with_workers: subprocess.Pop
 @pytest.mark.slow
 def test_the_command_killed_twenty_times_in_a_row(image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe) -> None:
     """Each time at a random moment of its training, and resumed."""
-    recipe = write_recipe(tmp_path / "recipe.yaml", make_recipe, epochs=20)
+    recipe = write_recipe(tmp_path / "recipe.yaml", make_recipe, epochs=40)
 
     def start(output: Path) -> subprocess.Popen[str]:
         """Start ``sdzoo train`` and return when it has begun to train."""
@@ -290,13 +290,13 @@ def test_the_command_killed_twenty_times_in_a_row(image_folder: Path, tmp_path: 
     moments, output = random.Random("kills in a row"), tmp_path / "killed"
     for number in range(20):
         process = start(output)
-        time.sleep(moments.uniform(0, seconds / 14))
+        time.sleep(moments.uniform(0, seconds / 40))  # a quarter of the run in all: a machine may become faster
         process.kill()
         said, _ = process.communicate()
         assert process.returncode == -9, f"{number}: {said}"
         assert_whole(output)
     step = read_checkpoint(output / "last.pth")[1]["global_step"]
-    assert 20 < step < 80, "the kills were spread over the run"
+    assert 5 < step < 160, "the kills were spread over the run"
     last = start(output)
     said, _ = last.communicate()
     assert last.returncode == 0, said
