@@ -18,7 +18,9 @@ import pytest
 import torch
 from runs import assert_same_run, named_seed, table
 
-from sdzoo.training.checkpoint import read_checkpoint
+from sdzoo.deploy.predictor import model_predictor
+from sdzoo.training.checkpoint import load_model, read_checkpoint
+from sdzoo.training.evaluate import DataSplit, evaluate_predictor
 
 RECIPE = """
 model: sd_resnet20
@@ -250,6 +252,10 @@ def test_two_ranks_killed_between_the_last_step_and_its_validation_lose_nothing(
     assert all(torch.equal(cut[key], whole[key]) for key in whole)
     logs = [[row | {"seconds": ""} for row in table(tmp_path / run / "log.csv")] for run in ("cut", "whole")]
     assert logs[0] == logs[1]
+    predictor = model_predictor(load_model(tmp_path / "whole" / "last.pth"))
+    split = DataSplit(image_folder, "val")
+    kept = evaluate_predictor(predictor.normalised, predictor.labels, predictor.config, split)
+    assert kept.loss == pytest.approx(float(logs[1][-1]["val_loss"]), abs=2e-5), "what was validated is what is kept"
 
 
 @pytest.mark.slow
