@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
 from sdzoo.hardware import processor
 
 
@@ -29,6 +31,7 @@ def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> str:
     return f"{median:.3f} (quartiles {lower:.3f} - {upper:.3f}, {len(ratios)} rounds)"
 
 
-def hardware() -> str:
-    """Return the processor and the number of its cores that this machine has."""
-    return f"{processor()}, {os.cpu_count()} cores"
+def hardware(device: str | torch.device = "cpu") -> str:
+    """Return the processor and the number of its cores that this machine has, and the GPU if ``device`` is one."""
+    gpu = f"{torch.cuda.get_device_name(device)}; " if torch.device(device).type == "cuda" else ""
+    return f"{gpu}{processor()}, {os.cpu_count()} cores"

@@ -55,7 +55,7 @@ def main() -> None:
             return runs[candidate][-1].training_s
 
         print(f"{arguments.model}, batch {arguments.batch_size}, {arguments.steps} steps a run, on {arguments.device}")
-        print(f"{hardware()}, {arguments.threads} threads", flush=True)
+        print(f"{hardware(arguments.device)}, {arguments.threads} threads", flush=True)
         taken = in_turn(
             {name: lambda index, name=name: seconds(name, index) for name in rates},
             arguments.rounds,

@@ -1,6 +1,7 @@
 """One training step with stochastic depth against constant depth and against timm's drop path, in the same network.
 
     python benchmarks/training_step.py
+    python benchmarks/training_step.py --device cuda --model sd_resnet50 --amp-dtype bfloat16
 
 In channels-last layout, the faster one, as the recipes have it. A sample is the sum of several steps with gates drawn
 anew, so that it stands for the average step. The floor is the mean survival probability: what a step would cost if all
@@ -34,16 +35,20 @@ def with_timm_drop_path(model: nn.Module, survival_probs: list[float]) -> nn.Mod
     return model
 
 
-def steps(model: nn.Module, images: Tensor, labels: Tensor, count: int) -> Callable[[], None]:
-    """Return a function that does ``count`` optimizer steps."""
-    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def steps(model: nn.Module, images: Tensor, labels: Tensor, count: int, autocast: torch.autocast) -> Callable[[], None]:
+    """Return a function that does ``count`` optimizer steps, and returns when the device has done them."""
+    model.train().to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def run() -> None:
         for _ in range(count):
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            with autocast:
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
             optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
 
     return run
 
@@ -55,6 +60,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps a sample")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--amp-dtype", choices=("bfloat16",), help="mixed precision; otherwise float32, on a GPU with TF32"
+    )
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -70,13 +79,19 @@ def main() -> None:
         ),
     }
     size = input_config(constant)["input_size"]
-    images = torch.randn(arguments.batch_size, *size).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (arguments.batch_size,))
+    device = torch.device(arguments.device)
+    images = torch.randn(arguments.batch_size, *size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (arguments.batch_size,), device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=arguments.amp_dtype is not None)
     seconds = interleave(
-        {name: steps(model, images, labels, arguments.steps) for name, model in models.items()}, arguments.rounds
+        {name: steps(model, images, labels, arguments.steps, autocast) for name, model in models.items()},
+        arguments.rounds,
     )
-    print(f"{arguments.model}, batch {arguments.batch_size}, {arguments.steps} steps a sample, channels last")
-    print(f"{hardware()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    precision = arguments.amp_dtype or "float32"
+    print(
+        f"{arguments.model}, batch {arguments.batch_size}, {precision}, {arguments.steps} steps a sample, channels last"
+    )
+    print(f"{hardware(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in models:
         print(f"{name:<26} {ratio(seconds, name, 'constant depth')}")
     for p, values in probs.items():

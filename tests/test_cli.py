@@ -435,8 +435,20 @@ def test_predict_never_takes_another_provider(capsys: Capture, exported: Path, p
     assert says in refused(capsys, "predict", CAT, "--model", exported, "--provider", provider)
 
 
-def test_predict_with_a_provider_for_a_model_that_has_none(capsys: Capture) -> None:
-    assert "--provider is for exported files" in refused(capsys, "predict", CAT, "--provider", "cuda")
+@pytest.mark.parametrize(
+    ("provider", "says"),
+    [
+        pytest.param("tensorrt", '--provider "tensorrt" is for exported files', id="none of PyTorch's"),
+        pytest.param(
+            "cuda",
+            "finds no GPU here",
+            id="not here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU"),
+        ),
+    ],
+)
+def test_predict_with_a_provider_that_the_model_cannot_have(capsys: Capture, provider: str, says: str) -> None:
+    assert says in refused(capsys, "predict", CAT, "--provider", provider)
 
 
 @pytest.mark.parametrize("command", ["predict", "eval"])

@@ -24,7 +24,9 @@ def model_options(added: argparse.ArgumentParser, runs: bool) -> None:
     """Add what says how a model is opened and, if it ``runs``, where."""
     added.add_argument("--arch", help="name of the model in a checkpoint that does not say")
     if runs:
-        added.add_argument("--provider", default="auto", help="for ONNX: auto, cpu, cuda or tensorrt")
+        added.add_argument(
+            "--provider", default="auto", help="auto (a GPU if it can), cpu or cuda; for ONNX also tensorrt"
+        )
 
 
 def is_exported(name: str) -> bool:
@@ -36,7 +38,7 @@ def open_predictor(arguments: argparse.Namespace) -> Predictor:
     """Return the predictor of ``arguments.model``.
 
     Raises:
-        InputError: as opening it does, or if a provider was named for a model of PyTorch.
+        InputError: as opening it does, or if the provider is none of PyTorch's for a model that it computes.
     """
     from sdzoo.deploy.predictor import model_predictor
     from sdzoo.deploy.runtime import load_predictor
@@ -46,9 +48,26 @@ def open_predictor(arguments: argparse.Namespace) -> Predictor:
     if is_exported(arguments.model):
         with warnings_on_one_line():
             return load_predictor(arguments.model, arguments.provider, convert=convert)
-    if arguments.provider not in ("auto", "cpu"):
-        raise InputError(f"--provider is for exported files; {arguments.model} runs in PyTorch")
-    return model_predictor(open_model(arguments.model, arguments.arch), convert)
+    device = torch_device(arguments)
+    return model_predictor(open_model(arguments.model, arguments.arch).to(device), convert)
+
+
+def torch_device(arguments: argparse.Namespace) -> str:
+    """Return what ``arguments.provider`` is for a model of PyTorch.
+
+    Raises:
+        InputError: if it is none, or is not there.
+    """
+    import torch
+
+    provider: str = arguments.provider
+    if provider == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if provider not in ("cpu", "cuda"):
+        raise InputError(f'--provider "{provider}" is for exported files; {arguments.model} runs in PyTorch: cpu, cuda')
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--provider cuda: PyTorch {torch.__version__} finds no GPU here")
+    return provider
 
 
 def open_operand(name: str, arch: str | None) -> nn.Module | str:

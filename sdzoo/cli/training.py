@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdzoo.cli.parser import Commands, Parser, positive, seconds
-from sdzoo.cli.predictor import BUNDLED, is_exported, model_options, open_predictor
+from sdzoo.cli.predictor import BUNDLED, is_exported, model_options, open_predictor, torch_device
 from sdzoo.errors import InputError
 
 if TYPE_CHECKING:
@@ -183,8 +183,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     from sdzoo.deploy.predictor import model_predictor
     from sdzoo.zoo import open_model
 
-    model = open_model(arguments.model, arguments.arch)
-    recalibrate_batchnorm(model, batches)
+    device = torch_device(arguments)
+    model = open_model(arguments.model, arguments.arch).to(device)
+    recalibrate_batchnorm(model, (images.to(device) for images in batches))
     print(f"BatchNorm re-estimated at full depth on {number} images of {source}", flush=True)
     again = evaluate_predictor(model_predictor(model).normalised, predictor.labels, predictor.config, split)
     print(f"{_said(again)}; top-1 {again.top1_percent - result.top1_percent:+.2f} points")

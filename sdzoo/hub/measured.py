@@ -124,11 +124,16 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} lacks {', '.join(lacking)}: it is damaged, or of an older sdzoo; {ANEW}")
     images, seconds, ran = result["images"], list(result["seconds"].values()), result["environment"]
     numbers = type(images.get("train")) is int and all(type(value) in (int, float) for value in seconds)
-    if not numbers or not ran or not all(type(one.get(name)) in (int, str) for one in ran for name in RAN):
+    if not numbers or not ran or not all(_told(one.get(name)) for one in ran for name in RAN):
         raise InputError(f"{file} is damaged: its images, seconds or environment; {ANEW}")
     if not seal_holds(content, result["seal"]):
         raise InputError(f"{file} was changed after its run had written it; {ANEW}")
     return result
+
+
+def _told(value: Any) -> bool:
+    """Return whether ``value`` is one of all processes, or a list of each one's."""
+    return all(type(one) in (int, str) for one in (value if value and isinstance(value, list) else [value]))
 
 
 def _check_unchanged(run: RunFolder, result: dict[str, Any]) -> None:

@@ -183,12 +183,18 @@ def _in_turn(sessions: Iterable[str]) -> str:
 
 
 def _hardware(ran: dict[str, Any]) -> str:
-    where = ran["machine"] if ran["device"] == "cpu" else f"{ran['device']}; {ran['machine']}"
-    return f"{where}; processes: {ran['world']}, threads of each: {ran['threads']}"
+    machine, device, threads = (_of_processes(ran[name]) for name in ("machine", "device", "threads"))
+    where = machine if device == "cpu" else f"{device}; {machine}"
+    return f"{where}; processes: {ran['world']}, threads of each: {threads}"
 
 
 def _software(ran: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {ran[name]}" for name in ("sdzoo", "torch", "timm"))
+    return ", ".join(f"{name} {_of_processes(ran[name])}" for name in ("sdzoo", "torch", "timm"))
+
+
+def _of_processes(value: Any) -> str:
+    """Return what all processes have, or what each of several has."""
+    return " and ".join(dict.fromkeys(map(str, value if isinstance(value, list) else [value])))
 
 
 def _figure_rows(figures: Figures) -> dict[str, Any]:

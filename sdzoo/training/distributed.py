@@ -159,7 +159,7 @@ def processes(device: str | None = None, advice: str = "") -> Iterator[Processes
 
 
 def _device(name: str, shard: Shard) -> torch.device:
-    if shard.world > 1 and name == "cuda":
+    if name == "cuda":  # a card needs its number before it can be made the current one
         name = f"cuda:{os.environ.get('LOCAL_RANK', shard.rank)}"
     try:
         device = torch.device(name)

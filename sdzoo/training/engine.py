@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from sdzoo.training.data.loader import EvaluationData, TrainingData, open_evalua
 from sdzoo.training.data.streaming import lost_workers_named
 from sdzoo.training.distributed import Processes, Shard, processes
 from sdzoo.training.environment import deterministic, differences, environment
-from sdzoo.training.evaluate import evaluate
+from sdzoo.training.evaluate import Stopped, evaluate
 from sdzoo.training.identity import Identity
 from sdzoo.training.model import create_model
 from sdzoo.training.profiling import profiler_into, tensorboard_writer
@@ -205,11 +205,8 @@ class Run:
             self.saved_at = time.monotonic()
             try:
                 while progress.epoch < self.trainer.epochs:
-                    stopping = self._train_epoch(stop, profiler)
-                    self._finish_epoch()
-                    if stopping and progress.epoch < self.trainer.epochs:
-                        self.team.meet()
-                        raise Interrupted(f"stopped after epoch {progress.epoch}; {self.folder.last} goes on")
+                    self._train_epoch(stop, profiler)
+                    self._finish_epoch(stop)
             except Diverged as error:
                 kept = f"{self.folder.last} is from before" if self.folder.last.exists() else "nothing was saved yet"
                 raise Diverged(f"{error}; {kept}") from None
@@ -217,9 +214,9 @@ class Run:
             self._finish_run()
         return self.folder.best
 
-    def _train_epoch(self, stop: threading.Event, profiler: Any) -> bool:
-        """Train to the end of the epoch, and return whether the run was asked to stop there."""
-        progress, trainer, stopping = self.progress, self.trainer, False
+    def _train_epoch(self, stop: threading.Event, profiler: Any) -> None:
+        """Do what is left of the epoch's steps."""
+        progress, trainer = self.progress, self.trainer
         trainer.enter_epoch()
         steps, images = self.training_data.steps, self.recipe.batch_size * self.recipe.grad_accum_steps
         micro_batches = _Timed(self.training_data.epoch(progress.epoch, progress.batch))
@@ -252,18 +249,21 @@ class Run:
                     profiler.step()
                 # Several processes agree to stop in the next step; one alone need not wait for it.
                 stopping = step.stop or (stop.is_set() and not self.team.many)
-                if progress.batch == steps and self.team.many:
-                    continue  # their statistics of BatchNorm are not one yet: no checkpoint before they are
-                saved = False
-                if stopping or time.monotonic() - self.saved_at >= self.comforts.checkpoint_interval_s:
+                # After an epoch's last step the statistics of BatchNorm are to be made one first.
+                if progress.batch < steps and (stopping or self._checkpoint_is_due()):
                     saved = self._save_within_epoch()
-                if stopping:
-                    self.team.meet()  # nobody leaves while the first one may still be writing
-                    kept = f"{self.folder.last} goes on" + ("" if saved else " from the start of an epoch")
-                    kept = kept if saved or self.folder.last.is_file() else "nothing was saved yet"
-                    raise Interrupted(f"stopped in epoch {progress.epoch + 1}, batch {progress.batch}; {kept}")
+                    if stopping:
+                        self._stop(f"in epoch {progress.epoch + 1}, batch {progress.batch}", saved)
                 progress.log_s += time.perf_counter() - done
-        return stopping
+
+    def _checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self.saved_at >= self.comforts.checkpoint_interval_s
+
+    def _stop(self, where: str, saved: bool) -> NoReturn:
+        self.team.meet()  # nobody leaves while the first one may still be writing
+        kept = f"{self.folder.last} goes on" + ("" if saved else " from the start of an epoch")
+        kept = kept if saved or self.folder.last.is_file() else "nothing was saved yet"
+        raise Interrupted(f"stopped {where}; {kept}")
 
     def _count(self, step: Step) -> None:
         progress = self.progress
@@ -276,13 +276,21 @@ class Run:
             for name in ("loss", "lr", "live_blocks", "first_conv_gradient"):
                 self.board.add_scalar(f"step/{name}", getattr(step, name), progress.step)
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self, stop: threading.Event) -> None:
         progress, trainer, started = self.progress, self.trainer, time.perf_counter()
-        trainer.leave_epoch()
+        if not progress.left:
+            trainer.leave_epoch()
+            progress.left = True
         self._gather_corrupt()
-        validation = evaluate(trainer.kept, self.validation_data, self.team)
         if not self._model_is_finite():
             raise Diverged(f"a weight or a statistic of BatchNorm is not finite after step {progress.step}")
+        if self._checkpoint_is_due():
+            self._save_last()
+        try:
+            validation = evaluate(trainer.kept, self.validation_data, self.team, stop.is_set)
+        except Stopped:
+            self._save_last()
+            self._stop(f"before epoch {progress.epoch + 1} was validated", saved=True)
         progress.validation_s += time.perf_counter() - started
         started = time.perf_counter()
         row = {

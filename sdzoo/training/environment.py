@@ -21,7 +21,19 @@ from sdzoo.training.recipe import Recipe
 
 
 def environment(recipe: Recipe, team: Processes) -> dict[str, Any]:
-    """Return versions, machine, threads, processes, workers and compiler of this run, as plain values."""
+    """Return versions, machine, threads, processes, workers and compiler of this run, as plain values.
+
+    What differs between its processes is a list, by rank; each must call it, in the same order.
+    """
+    everyones = team.gather(_own(recipe, team))
+    first = everyones[0]
+    return {
+        name: first[name] if all(own[name] == first[name] for own in everyones) else [own[name] for own in everyones]
+        for name in first
+    }
+
+
+def _own(recipe: Recipe, team: Processes) -> dict[str, Any]:
     device = team.device
     system = f"{platform.system()} {platform.machine()}"
     return {
@@ -46,17 +58,19 @@ def deterministic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn = torch.backends.cudnn
+    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    before_cudnn = cudnn.deterministic, cudnn.benchmark
+    before_cudnn, before_fill = (cudnn.deterministic, cudnn.benchmark), memory.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a process first multiplies matrices
     torch.use_deterministic_algorithms(True, warn_only=True)
     cudnn.deterministic, cudnn.benchmark = True, False
+    memory.fill_uninitialized_memory = False  # a kernel for every new tensor; nothing reads one before it is written
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         cudnn.deterministic, cudnn.benchmark = before_cudnn
+        memory.fill_uninitialized_memory = before_fill
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -21,6 +21,10 @@ from sdzoo.training.data.sources import HeldOut, open_source
 from sdzoo.training.distributed import Processes
 
 
+class Stopped(Exception):
+    """The evaluation was asked to stop."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What :func:`evaluate` measured, on how many images, and which corrupt ones were left out."""
@@ -46,24 +50,34 @@ class DataSplit:
 
 
 @torch.inference_mode()
-def evaluate(model: Callable[[Tensor], Tensor], data: EvaluationData, team: Processes | None = None) -> Evaluation:
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    data: EvaluationData,
+    team: Processes | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Return accuracy and mean cross-entropy of ``model`` on all of ``data``.
 
     Args:
         model: From normalised images to logits; a module is put into evaluation and back.
         data: The images; of several processes, each has its part.
         team: The processes that share the data, whose results are added up.
+        stop: Asked before every batch whether to go on no further.
 
     Raises:
         InputError: if the data has another number of classes than the model, or no images.
+        Stopped: on every process, if one was to stop.
     """
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
         model.eval()
-    loss, top1, top5, images = 0.0, 0.0, 0.0, 0.0
+    loss, top1, top5, images, stopped = 0.0, 0.0, 0.0, 0.0, 0.0
     hidden = None if team is None or team.leads else True
     try:
         for batch, labels in tqdm(data.batches(), desc="evaluating", unit="batch", leave=False, disable=hidden):
+            if stop():
+                stopped = 1.0
+                break
             logits = model(batch).float()
             if len(data.classes) != logits.shape[1]:
                 raise InputError(f"the data has {len(data.classes)} classes, the model {logits.shape[1]}")
@@ -77,7 +91,9 @@ def evaluate(model: Callable[[Tensor], Tensor], data: EvaluationData, team: Proc
         for module, training in modes.items():
             module.training = training
     if team is not None:
-        loss, top1, top5, images = team.total(loss, top1, top5, images)
+        loss, top1, top5, images, stopped = team.total(loss, top1, top5, images, stopped)
+    if stopped:
+        raise Stopped
     if not images:
         raise InputError("there are no images to evaluate on")
     return Evaluation(100 * top1 / images, 100 * top5 / images, loss / images, int(images), tuple(data.corrupt))

@@ -13,6 +13,7 @@ class Progress:
     epoch: int = 0
     step: int = 0  # optimizer steps since the start of the run
     batch: int = 0  # optimizer steps done in this epoch
+    left: bool = False  # whether they are all done and the processes' models made one: it remains to validate
     loss_sum: float = 0.0  # over those of them whose loss was finite, which under AMP not all need be
     losses: int = 0
     live_sum: int = 0
@@ -59,6 +60,7 @@ class Progress:
 
     def start_epoch(self) -> None:
         """Forget the steps of this epoch."""
+        self.left = False
         self.batch = self.losses = self.gradients = self.live_sum = 0
         self.loss_sum = self.gradient_sum = 0.0
 

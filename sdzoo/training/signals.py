@@ -1,4 +1,4 @@
-"""The first signal asks a run to stop where it can be resumed; the second acts at once."""
+"""SIGINT and SIGTERM ask a run to stop where it can be resumed; a second Ctrl-C acts at once."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first SIGINT or SIGTERM sets; a second one acts at once."""
+    """Yield an event that SIGINT and SIGTERM set; a SIGINT after either acts at once.
+
+    A SIGTERM never does: a cluster may send it to ``torchrun``, which hands it on, and to its processes as well.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    # The defaults, not what was there before: a shell starts what runs in the background with SIGINT ignored.
-    at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    before = {number: signal.getsignal(number) for number in at_once}
 
     def ask(number: int, _: Any) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
-        signal.signal(number, at_once[signal.Signals(number)])
 
-    for number in before:
-        signal.signal(number, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -1,4 +1,7 @@
-"""``make test-gpu``: run what needs a GPU and write ``gpu_results.json``; without a GPU say what would run."""
+"""``make test-gpu``: run what needs a GPU and write ``gpu_results.json``; without a GPU say what would run.
+
+``python tests/gpu -k speed``: what follows goes to pytest, to choose.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ OUTPUT = Path("gpu_results.json")
 def main() -> int:
     """Return pytest's exit code; 0 without a GPU if the tests could be collected."""
     results = Results()
-    code = pytest.main([str(Path(__file__).parent), "-m", "gpu", "-v", "--no-header"], plugins=[results])
+    code = pytest.main([str(Path(__file__).parent), "-m", "gpu", "-v", "--no-header", *sys.argv[1:]], plugins=[results])
     if results.has_gpu:
         results.write(OUTPUT)
         print(f"wrote {OUTPUT}")

@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 import sdzoo
 from sdzoo.errors import InputError
 from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
-from sdzoo.training.data.loader import open_split, open_training_data
+from sdzoo.training.data.loader import EvaluationData, open_split, open_training_data
 from sdzoo.training.data.sources import FolderSource
-from sdzoo.training.distributed import Processes
+from sdzoo.training.distributed import Processes, processes
 from sdzoo.training.engine import Comforts, Diverged, Interrupted, train
 from sdzoo.training.evaluate import evaluate
 from sdzoo.training.model import create_model
@@ -404,6 +404,30 @@ def test_interrupted_and_resumed_run_is_the_undisturbed_one_to_the_bit(
     assert_same_run(output, finished_run.output)
 
 
+def test_a_run_stopped_while_it_validates_goes_on_with_the_validation(
+    finished_run: Any, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it, which may take long; and several SIGTERMs, as some clusters send, are one request."""
+    batches: list[int] = []
+    original = EvaluationData.batches
+
+    def signalled(data: EvaluationData) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(original(data)):
+            batches.append(number)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationData, "batches", signalled)
+        with pytest.raises(Interrupted, match=r"stopped before epoch 1 was validated; .*last\.pth goes on"):
+            train(finished_run.recipe, image_folder, tmp_path / "run", device="cpu")
+    assert batches == [0], "the batch that was being read is not computed any more"
+    assert not epochs(tmp_path / "run")
+    train(finished_run.recipe, image_folder, tmp_path / "run", resume=True, device="cpu")
+    assert_same_run(tmp_path / "run", finished_run.output)
+
+
 def test_run_interrupted_twice(finished_run: Any, image_folder: Path, tmp_path: Path) -> None:
     for step in (3, 2):
         with after_step(step, interrupt()), pytest.raises(Interrupted):
@@ -423,10 +447,13 @@ def test_killed_run_goes_on_from_its_last_epoch(finished_run: Any, image_folder:
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
-def test_second_signal_acts_at_once(image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, before: Any) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_ctrl_c_after_a_signal_acts_at_once(
+    image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, before: Any, first: signal.Signals
+) -> None:
     def twice(optimizer: Optimizer) -> None:
-        interrupt()(optimizer)
-        interrupt()(optimizer)
+        interrupt(first)(optimizer)
+        interrupt(signal.SIGINT)(optimizer)
 
     outside = signal.signal(signal.SIGINT, before)
     try:
@@ -699,6 +726,17 @@ def test_device_that_is_not_there_is_refused(
     with pytest.raises(InputError, match=device) as caught:
         train(make_recipe(), image_folder, tmp_path / "run", device=device)
     assert "\n" not in str(caught.value)
+
+
+def test_one_process_takes_the_first_card_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.cuda.set_device`` refuses a device without one."""
+    taken: list[torch.device] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    with processes("cuda") as team:
+        assert team.device == torch.device("cuda", 0)
+        assert taken == [team.device]
 
 
 def test_splits_of_different_classes(

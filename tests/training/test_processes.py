@@ -135,18 +135,32 @@ engine.train(load_recipe(recipe), Path(data), Path(output), device="cpu", comfor
 """
 
 
-# Killed while it validates, with a checkpoint after every step that can be one.
+# Killed while it validates, with a checkpoint after every step; or asked to stop there.
 VALIDATING = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from sdzoo.training import engine
 from sdzoo.training.recipe_file import load_recipe
 
 recipe, data, output, how = sys.argv[1:]
-if how == "killed":
-    engine.evaluate = lambda *_: os._exit(9)
-comforts = engine.Comforts(checkpoint_interval_s=0)
-engine.train(load_recipe(recipe), Path(data), Path(output), how == "resumed", device="cpu", comforts=comforts)
+original = engine.evaluate
+
+def disturbed(*arguments):
+    if how == "killed":
+        os._exit(9)
+    if os.environ["RANK"] == "1":  # one is enough: they agree to stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*arguments)
+
+if how in ("killed", "stopped"):
+    engine.evaluate = disturbed
+comforts = engine.Comforts(checkpoint_interval_s=0 if how == "killed" else 300)
+try:
+    engine.train(load_recipe(recipe), Path(data), Path(output), how == "resumed", device="cpu", comforts=comforts)
+except engine.Interrupted as stopped:
+    print(stopped)
+    sys.exit(130)
 """
 
 
@@ -240,14 +254,18 @@ def test_two_ranks_interrupted_and_resumed_are_the_undisturbed_two_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dist_bn", ["reduce", ""])
-def test_two_ranks_killed_between_the_last_step_and_its_validation_lose_nothing(
-    image_folder: Path, tmp_path: Path, dist_bn: str
+@pytest.mark.parametrize(
+    ("dist_bn", "how", "code"), [("reduce", "killed", 9), ("", "killed", 9), ("reduce", "stopped", 130)]
+)
+def test_two_ranks_disturbed_between_the_last_step_and_its_validation_lose_nothing(
+    image_folder: Path, tmp_path: Path, dist_bn: str, how: str, code: int
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", batch_size=8, epochs=2, more=f'dist_bn: "{dist_bn}"')
-    for run, how, expected in (("whole", "plain", 0), ("cut", "killed", 9), ("cut", "resumed", 0)):
-        for code, _, errors in finish(start(2, ["-c", VALIDATING, recipe, image_folder, tmp_path / run, how])):
-            assert code == expected, errors
+    for run, way, expected in (("whole", "plain", 0), ("cut", how, code), ("cut", "resumed", 0)):
+        for got, said, errors in finish(start(2, ["-c", VALIDATING, recipe, image_folder, tmp_path / run, way])):
+            assert got == expected, errors
+            assert ("stopped before epoch 1 was validated" in said) == (way == "stopped")
+    assert len(table(tmp_path / "cut" / "steps.csv")) == len(table(tmp_path / "whole" / "steps.csv"))
     cut, whole = (read_checkpoint(tmp_path / run / "last.pth")[0] for run in ("cut", "whole"))
     assert all(torch.equal(cut[key], whole[key]) for key in whole)
     logs = [[row | {"seconds": ""} for row in table(tmp_path / run / "log.csv")] for run in ("cut", "whole")]
