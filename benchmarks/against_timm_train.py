@@ -8,7 +8,7 @@ one worker. The two take turns, a pair a round.
 
 timm refuses the paper's shift by 4 pixels (``train_crop_mode: pad4``), so that nothing is cropped here. Augmentation
 ``none``, the default, is ``no_aug``. ``flip`` is timm's random resized crop of the whole image, scale and ratio 1, with
-a flip: sdzoo too then augments picture by picture. Each draws its own gates, which are alike only on average.
+a flip, which sdzoo does to whole batches. Each draws its own gates, which are alike only on average.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from training_runs import in_turn, noise_pictures, run, sdzoo_train, steps_an_ep
 TIMM, SDZOO = "timm's train.py", "sdzoo train"
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "none": {"no_aug": True},
-    "flip": {"train_crop_mode": "rrc", "scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.5},
+    "flip": {
+        "train_crop_mode": "rrc",
+        "scale": [1.0, 1.0],
+        "ratio": [1.0, 1.0],
+        "train_interpolation": "bilinear",
+        "hflip": 0.5,
+    },
 }
 UPDATE = re.compile(r"Train: (\d+) \[ *\d+/\d+ .*?Time: (\d+\.\d+)s")
 

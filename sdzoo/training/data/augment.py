@@ -46,11 +46,23 @@ def own_generators() -> Iterator[Callable[[int], None]]:
         torch.set_rng_state(before[2])
 
 
+def only_flips(recipe: Recipe) -> bool:
+    """Return whether all that is random of ``recipe``'s transform are flips, which are then done to whole batches.
+
+    timm's random crop is the whole picture at scale and ratio 1, or its largest square; of one that is almost square it
+    draws which rows or columns to leave out, and that is then drawn once, not in every epoch.
+    """
+    if recipe.no_aug or recipe.train_crop_mode not in (None, "rrc"):
+        return False
+    colours = recipe.color_jitter or recipe.grayscale_prob or recipe.gaussian_blur_prob or recipe.aa
+    return recipe.scale == recipe.ratio == [1.0, 1.0] and recipe.train_interpolation != "random" and not colours
+
+
 def training_steps(recipe: Recipe, data_config: dict[str, Any]) -> tuple[list[Step], list[Step]]:
     """Return what a picture goes through on its own, one after the other: first what is fixed, then what is random.
 
-    By timm's ``create_transform``; after ``train_crop_mode: pad4`` and ``no_aug`` the fixed part leaves a picture of
-    the model's input size, and the random part may be empty.
+    By timm's ``create_transform``; where there is a fixed part it leaves a picture of the model's input size, and the
+    random part may be empty.
     """
     interpolation = "" if recipe.no_aug else recipe.train_interpolation
     pad4 = recipe.train_crop_mode == "pad4"
@@ -83,6 +95,8 @@ def training_steps(recipe: Recipe, data_config: dict[str, Any]) -> tuple[list[St
                 op.aug_fn = posterize
     if pad4:
         return evaluation_steps(data_config), list(colours.transforms)
+    if only_flips(recipe):
+        return list(crops.transforms[:1]), []
     return [], [*crops.transforms, *colours.transforms]
 
 
@@ -127,13 +141,14 @@ def pad_crop_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
 
 
 class BatchAugmentation:
-    """What is done to a whole batch on the device: normalise; for pad4 shift and mirror; erase."""
+    """What is done to a whole batch on the device: normalise; for pad4 shift; mirror where all can be; erase."""
 
     def __init__(self, recipe: Recipe, data_config: dict[str, Any], device: torch.device, count: int | None) -> None:
         """Take ``count`` samples as numbered 0, 1, ...; None if their keys are hashes of their content."""
         self.recipe, self.count = recipe, count
         self.normalise = normaliser(data_config["mean"], data_config["std"], device)
         self.shifts = recipe.train_crop_mode == "pad4" and not recipe.no_aug
+        self.flips = self.shifts or only_flips(recipe)
         self.erase = None
         if recipe.reprob > 0 and not recipe.no_aug:
             # The noise is made on the CPU: the same whatever the device.
@@ -143,11 +158,14 @@ class BatchAugmentation:
     def __call__(self, images: Tensor, keys: Tensor, epoch: int) -> Tensor:
         """Return float images of uint8 ones ``(B, C, H, W)``, the samples called ``keys`` ``(B,)``."""
         result = self.normalise(images)
-        if self.shifts:
+        if self.flips:
             offsets, flips, upside_down = (draw.to(result.device) for draw in self._draws(keys, epoch))
             if self.recipe.vflip:
                 result = torch.where(upside_down[:, None, None, None], result.flip(2), result)
-            result = pad_crop_flip(result, offsets, flips)
+            if self.shifts:
+                result = pad_crop_flip(result, offsets, flips)
+            else:
+                result = torch.where(flips[:, None, None, None], result.flip(3), result)
         if self.erase is not None:
             with own_generators() as seed:
                 for image, key in zip(result, keys.tolist(), strict=True):

@@ -251,6 +251,65 @@ def test_colours_change_before_the_paper_shift(tmp_path: Path) -> None:
         np.testing.assert_allclose(image.numpy(), shifted, rtol=0, atol=1e-5)
 
 
+FLIPS = {
+    "train_crop_mode": "rrc",
+    "scale": [1.0, 1.0],
+    "ratio": [1.0, 1.0],
+    "train_interpolation": "bilinear",
+    "hflip": 0.5,
+    "vflip": 0.3,
+}
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 48), (48, 30)])
+def test_where_only_flips_are_random_the_picture_is_timms_and_whole_batches_are_flipped(
+    tmp_path: Path, height: int, width: int
+) -> None:
+    """Each sample is timm's transform of the picture, in the one of its four flips that the epoch's streams say."""
+    data = tmp_path / "train"
+    for index in range(12):
+        (data / str(index % 3)).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(data / str(index % 3) / f"{index:02d}.png")
+    files = sorted(data.glob("*/*.png"))
+    assert training_steps(recipe(**FLIPS), CONFIG)[1] == []
+    images, _ = stacked(epoch_of(training(tmp_path, batch_size=6, **FLIPS), 1))
+    order = torch.randperm(12, generator=named_generator(7, "order", 1)).tolist()
+    flips = torch.rand(12, generator=named_generator(7, "flip", 1)) < 0.5
+    upside_down = torch.rand(12, generator=named_generator(7, "vflip", 1)) < 0.3
+    given: dict[str, Any] = {"scale": (1, 1), "ratio": (1, 1), "hflip": 0, "interpolation": "bilinear"}
+    transform: Any = create_transform((3, 32, 32), is_training=True, color_jitter=None, normalize=False, **given)
+    for index, image in zip(order, images, strict=True):
+        expected = normalised(transform(Image.open(files[index])))
+        expected = expected.flip(2) if flips[index] else expected
+        expected = expected.flip(1) if upside_down[index] else expected
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"train_interpolation": "random"},
+        {"scale": [0.9, 1.0]},
+        {"ratio": [0.75, 1.0]},
+        {"train_crop_mode": "rkrc"},
+        {"color_jitter": 0.4},
+        {"aa": "rand-m9"},
+        {"grayscale_prob": 0.1},
+        {"gaussian_blur_prob": 0.1},
+    ],
+    ids=str,
+)
+def test_where_more_than_flips_is_random_pictures_are_transformed_one_by_one(more: dict[str, Any]) -> None:
+    fixed, random_steps = training_steps(recipe(**FLIPS | more), CONFIG)
+    assert not fixed
+    assert len(random_steps) >= 3  # the crop and both flips
+    images = noise(4)
+    augment = BatchAugmentation(recipe(**FLIPS | more), GREY, CPU, 4)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    assert torch.equal(augment(pixels, torch.arange(4), 0), normaliser(GREY["mean"], GREY["std"], CPU)(pixels))
+
+
 @pytest.mark.parametrize("size", [32, 48])
 def test_no_aug_is_the_picture_scaled_to_the_models_size(tmp_path: Path, size: int) -> None:
     files = write_folder(tmp_path, count=4, size=size)
