@@ -15,8 +15,9 @@ from sdzoo.training.recipe import Recipe
 
 def flags() -> tuple[bool, ...]:
     cudnn = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    fills = memory.fill_uninitialized_memory
     return torch.are_deterministic_algorithms_enabled(), warns, cudnn.deterministic, cudnn.benchmark, fills
 
 
