@@ -447,8 +447,13 @@ def test_predict_never_takes_another_provider(capsys: Capture, exported: Path, p
         ),
     ],
 )
-def test_predict_with_a_provider_that_the_model_cannot_have(capsys: Capture, provider: str, says: str) -> None:
-    assert says in refused(capsys, "predict", CAT, "--provider", provider)
+@pytest.mark.parametrize(
+    "command", [("predict", CAT), ("eval", "sd_resnet20.cifar10_jpeg", "--data-dir", ".")], ids=str
+)
+def test_a_provider_that_the_model_cannot_have(
+    capsys: Capture, command: tuple[object, ...], provider: str, says: str
+) -> None:
+    assert says in refused(capsys, *command, "--provider", provider)
 
 
 @pytest.mark.parametrize("command", ["predict", "eval"])
@@ -926,6 +931,17 @@ def test_runs_are_drawn(capsys: Capture, trained: Run, tmp_path: Path) -> None:
     assert said == f"wrote {tmp_path / 'figure.png'}\nwrote {tmp_path / 'figure.svg'}\n"
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "is not the folder of a run" in refused(capsys, "plot", tmp_path, "-o", tmp_path / "none")
+
+
+def test_corrupt_pictures_do_not_count_as_those_that_batchnorm_was_estimated_on(
+    capsys: Capture, trained: Run, data: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    bad = sorted((copy / "train").glob("*/*"))[0]
+    bad.write_bytes(b"no picture")
+    said = done(capsys, "eval", trained.best, "--data-dir", copy, "--recalibrate-bn", 12, "--skip-corrupt")
+    assert f"re-estimated at full depth on 11 images of {copy}/train (1 corrupt left out: {bad}" in said
 
 
 def test_batchnorm_is_estimated_again_and_the_effect_is_said(capsys: Capture, trained: Run, data: Path) -> None:

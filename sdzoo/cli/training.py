@@ -94,7 +94,7 @@ def _recipe_copy(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from sdzoo.training.distributed import LostProcess
+    from sdzoo.training.distributed import LostProcess, this_shard
     from sdzoo.training.engine import Comforts, Interrupted, train, where_the_data_is
     from sdzoo.training.recipe_file import find_recipe, load_recipe
 
@@ -105,7 +105,7 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     output = Path(arguments.output or Path("runs") / path.stem)
     data = where_the_data_is(recipe, arguments.data_dir)
-    leads = int(os.environ.get("RANK", 0)) == 0
+    leads = this_shard().rank == 0
     if leads:
         print(f"training {recipe.model} by {path} on {data} for {recipe.epochs} epochs into {output}", flush=True)
     go_on = f"next: {_this_command(arguments, '--resume')}"
@@ -119,9 +119,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _this_command(arguments: argparse.Namespace, *more: str) -> str:
-    """Return the command that started this process and the others of its run, with ``more`` and for real."""
-    given = [argument for argument in arguments.argv if argument not in (*more, "--dry-run")]
-    here, world = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    """Return the command that started this process and the others of its run, with ``more`` and for real.
+
+    Without ``--force``: what it was to override is in the checkpoint by then, or it is to be asked for again.
+    """
+    from sdzoo.training.distributed import this_shard
+
+    given = [argument for argument in arguments.argv if argument not in (*more, "--dry-run", "--force")]
+    world = this_shard().world
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     start = ["sdzoo"] if world == 1 else ["torchrun", f"--nproc-per-node={here}", "-m", "sdzoo"]
     command = shlex.join([*start, *given, *more])
     return command if here == world else f"{command} (with --nnodes and --rdzv-endpoint as before, on every machine)"
@@ -130,9 +136,10 @@ def _this_command(arguments: argparse.Namespace, *more: str) -> str:
 def _dry_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from sdzoo.training.distributed import this_shard
     from sdzoo.training.dry_run import dry_run
 
-    leads = int(os.environ.get("RANK", 0)) == 0
+    leads = this_shard().rank == 0
     if leads:
         print(f"measuring a few steps of {recipe.model}; nothing is written, nor downloaded", flush=True)
     cost = dry_run(recipe, arguments.data_dir, arguments.device)
@@ -162,7 +169,7 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from sdzoo.training.evaluate import DataSplit, evaluate_predictor, recalibration_batches
+    from sdzoo.training.evaluate import DataSplit, evaluate_predictor, recalibration_data
 
     split = DataSplit(arguments.data_dir, arguments.split, arguments.dataset, arguments.skip_corrupt)
     predictor = open_predictor(arguments)
@@ -170,13 +177,13 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise InputError("--recalibrate-bn is for PyTorch models: a folded one has no BatchNorm left")
     source = DataSplit(arguments.data_dir, arguments.train_split, arguments.dataset, arguments.skip_corrupt)
     number: int | None = arguments.recalibrate_bn
-    batches = recalibration_batches(predictor.config, source, number) if number else None
+    others = recalibration_data(predictor.config, source, number) if number else None
     if "mean" not in predictor.config:
         raise InputError(f"{arguments.model} does not say how pictures are resized and normalised")
     print(f"evaluating {arguments.model} ({predictor.provider}) on {split}", flush=True)
     result = evaluate_predictor(predictor.normalised, predictor.labels, predictor.config, split)
     print(_said(result))
-    if batches is None:
+    if others is None:
         return
 
     from sdzoo.calibration import recalibrate_batchnorm
@@ -185,15 +192,19 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     device = torch_device(arguments)
     model = open_model(arguments.model, arguments.arch).to(device)
-    recalibrate_batchnorm(model, (images.to(device) for images in batches))
-    print(f"BatchNorm re-estimated at full depth on {number} images of {source}", flush=True)
+    recalibrate_batchnorm(model, (images.to(device) for images, _ in others.batches()))
+    left_out = _left_out(tuple(others.corrupt))
+    print(f"BatchNorm re-estimated at full depth on {others.images} images of {source}{left_out}", flush=True)
     again = evaluate_predictor(model_predictor(model).normalised, predictor.labels, predictor.config, split)
     print(f"{_said(again)}; top-1 {again.top1_percent - result.top1_percent:+.2f} points")
 
 
 def _said(result: Evaluation) -> str:
-    corrupt = f" ({len(result.corrupt)} corrupt left out: {', '.join(result.corrupt[:5])})" if result.corrupt else ""
     return (
         f"top-1 {result.top1_percent:.2f} %, top-5 {result.top5_percent:.2f} %, loss {result.loss:.4f} "
-        f"on {result.images} images{corrupt}"
+        f"on {result.images} images{_left_out(result.corrupt)}"
     )
+
+
+def _left_out(corrupt: tuple[str, ...]) -> str:
+    return f" ({len(corrupt)} corrupt left out: {', '.join(corrupt[:5])})" if corrupt else ""

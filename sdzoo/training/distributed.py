@@ -113,6 +113,23 @@ class Processes:
                 self.meet()
 
 
+def this_shard() -> Shard:
+    """Return which process this is, by what ``torchrun`` says in the environment; where it says nothing, the only one.
+
+    Raises:
+        InputError: if the environment says half of it, or what cannot be.
+    """
+    names = ("RANK", "WORLD_SIZE")
+    said = {name: os.environ[name] for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    if not any(name in said for name in names):
+        return Shard()
+    rank, world = (int(said[name]) if said.get(name, "").isdecimal() else -1 for name in names)
+    if not 0 <= rank < world or (world > 1 and len(said) < 4):
+        here = ", ".join(f"{name}={value}" for name, value in said.items())
+        raise InputError(f"the environment says {here}: no process of a run; torchrun sets these, or leave them unset")
+    return Shard(rank, world)
+
+
 @contextmanager
 def processes(device: str | None = None, advice: str = "") -> Iterator[Processes]:
     """Join the other processes of this run, if there are any, for the time of the ``with``.
@@ -128,7 +145,7 @@ def processes(device: str | None = None, advice: str = "") -> Iterator[Processes
         InputError: if there is no such device.
         LostProcess: if the others cannot be reached.
     """
-    shard = Shard(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    shard = this_shard()
     chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"), shard)
     if shard.world == 1:
         yield Processes(shard, chosen)

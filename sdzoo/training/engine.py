@@ -161,6 +161,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.environment = environment(recipe, team)
         self.trained_in: list[dict[str, Any]] = []
+        self.forced: list[str] = []
         self.corrupt: dict[str, str] = {}
 
     def _evaluation_data(self, split: str, shard: Shard | None = None) -> EvaluationData:
@@ -196,7 +197,7 @@ class Run:
                     self.folder.result.unlink(missing_ok=True)
                 self.folder.write_recipe(self.recipe.to_yaml())
                 self.folder.write_log(self.rows)
-                self.step_log = StepLog(self.folder.steps, progress.step)
+                self.step_log = StepLog(self.folder.steps, progress)
                 stack.callback(self.step_log.close)
                 if self.comforts.tensorboard:
                     self.board = tensorboard_writer(self.folder.path, progress.step)
@@ -363,11 +364,11 @@ class Run:
                 },
                 "corrupt_training_images": sorted(self.corrupt),
                 "environment": self.trained_in,
+                "forced": self.forced,
                 # by which it is seen later that these are still the files of this result
                 "sha256": {
                     file.name: file_sha256(file)
                     for file in (folder.best, folder.last, folder.log, folder.steps, folder.recipe)
-                    if file.is_file()  # a resumed run may have lost its best weights
                 },
             }
         )
@@ -395,6 +396,7 @@ class Run:
             "global_step": self.progress.step,
             "progress": dataclasses.asdict(self.progress),
             "environment": self.trained_in,
+            "forced": self.forced,
             "rows": self.rows,
             "corrupt": self.corrupt | self.training_data.corrupt,
             "steps_per_epoch": self.training_data.steps,
@@ -423,7 +425,12 @@ class Run:
     def _take_up(self, weights: dict[str, Tensor], rest: dict[str, Any], force: bool) -> None:
         last = self.folder.last
         probs = [float(p) for name, p in weights.items() if name.endswith("survival_prob")]
-        if (faults := self.identity.differences(rest, probs)) and not force:
+        faults = self.identity.differences(rest, probs)
+        best_epoch = rest["progress"]["best_epoch"]
+        lost_best = bool(self.team.leads and best_epoch and not self.folder.best.is_file())
+        if lost_best:
+            faults.append(f"{self.folder.best.name}, the weights of epoch {best_epoch}, is gone")
+        if faults and not force:
             raise InputError(f"{last} is from another run: {'; '.join(faults)}; --force goes on all the same")
         self.trained_in = list(rest["environment"])
         if self.team.leads and (other := differences(self.trained_in[-1], self.environment)):
@@ -433,14 +440,28 @@ class Run:
         anew = self.trainer.restore({**rest, "state_dict": weights}, str(last))
         if self.team.leads and anew:
             print(f"not in {last}, starting anew: {', '.join(anew)}", flush=True)
-        self.progress, self.rows = Progress(**progress), rows
+        self.progress, self.rows, self.forced = Progress(**progress), rows, list(rest["forced"])
+        if faults:
+            self._force(faults)
         self.corrupt = dict(rest.get("corrupt", {}))
-        if rest.get("validation_data_sha256") != self.validation_data.fingerprint:  # forced: no figure to compare with
+        # Forced: there is no figure to compare with.
+        if lost_best or rest.get("validation_data_sha256") != self.validation_data.fingerprint:
             self.progress.best_epoch, self.progress.best_top1_percent = 0, -1.0
         steps = self.training_data.steps
         if rest.get("steps_per_epoch", steps) != steps:  # forced onto other data: from the start of the epoch
             self.progress.start_epoch()
             self.progress.step = self.progress.epoch * steps
+
+    def _force(self, faults: list[str]) -> None:
+        done = self.progress.epoch
+        if done >= self.trainer.epochs:
+            raise InputError(
+                f"{self.folder.last} has {done} epochs, the recipe {self.trainer.epochs}: none is left to go on with, "
+                f"forced or not ({'; '.join(faults)})"
+            )
+        self.forced.append(f"from epoch {done + 1} on: {'; '.join(faults)}")
+        if self.team.leads:
+            print(f"another run {self.forced[-1]}", flush=True)
 
 
 class _Timed:

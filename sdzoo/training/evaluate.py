@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,10 @@ def evaluate_predictor(
     return evaluate(lambda images: torch.from_numpy(predictor(images.numpy())), data)
 
 
-def recalibration_batches(config: dict[str, Any], split: DataSplit, number: int, seed: int = 0) -> Iterator[Tensor]:
-    """Return ``number`` images of ``split``, chosen by ``seed``, normalised and not augmented, in batches.
+def recalibration_data(config: dict[str, Any], split: DataSplit, number: int, seed: int = 0) -> EvaluationData:
+    """Return ``number`` images of ``split``, chosen and mixed by ``seed``, normalised and not augmented, in batches.
+
+    Mixed, for BatchNorm takes the statistics of a batch: of one class they would be that class's.
 
     Raises:
         InputError: if there are fewer, or the split cannot be drawn from.
@@ -133,12 +135,15 @@ def recalibration_batches(config: dict[str, Any], split: DataSplit, number: int,
     there = len(open_source(split.dataset, split.data_dir, split.split, config["input_size"][0]))
     if number > there:
         raise InputError(f"--recalibrate-bn {number}: {split} has {there} images")
-    data = _open(split, config, None, None if number == there else HeldOut(number, seed))
-    return (images for images, _ in data.batches())
+    return _open(split, config, None, None if number == there else HeldOut(number, seed), seed)
 
 
 def _open(
-    split: DataSplit, config: dict[str, Any], num_classes: int | None, held_out: HeldOut | None = None
+    split: DataSplit,
+    config: dict[str, Any],
+    num_classes: int | None,
+    held_out: HeldOut | None = None,
+    order_seed: int | None = None,
 ) -> EvaluationData:
     return open_split(
         split.dataset,
@@ -148,4 +153,5 @@ def _open(
         skip_corrupt=split.skip_corrupt,
         num_classes=num_classes,
         held_out=held_out,
+        order_seed=order_seed,
     )

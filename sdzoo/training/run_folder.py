@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from sdzoo.digest import BLANK, sealed
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
+from sdzoo.training.progress import Progress
 
 EPOCH_COLUMNS: tuple[str, ...] = (
     "epoch",
@@ -113,15 +114,25 @@ class RunFolder:
             temporary.write_text(text, encoding="utf-8")
 
 
+def _is_done(row: str, progress: Progress) -> bool:
+    """Return whether a row of the steps is of what is done; a run forced onto other data numbers its steps anew."""
+    cells = row.split(",")
+    if not (len(cells) == len(STEP_COLUMNS) and cells[0].isdecimal() and cells[1].isdecimal()):
+        return False
+    step, epoch = int(cells[0]), int(cells[1])
+    begun = progress.step - progress.batch
+    return epoch <= progress.epoch or (epoch == progress.epoch + 1 and begun < step <= progress.step)
+
+
 class StepLog:
     """``steps.csv``, a row an optimizer step; what follows the checkpoint from which a run goes on is cut."""
 
-    def __init__(self, path: Path, steps_done: int) -> None:
-        """Open the log, leaving the rows of the first ``steps_done`` steps."""
+    def __init__(self, path: Path, progress: Progress) -> None:
+        """Open the log, leaving the rows of the epochs that are done and of this one's steps."""
         kept = [",".join(STEP_COLUMNS) + "\n"]
-        if steps_done and path.is_file():
+        if progress.step and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-            kept += [line for line in lines[:steps_done] if line.endswith("\n")]
+            kept += [line for line in lines if line.endswith("\n") and _is_done(line, progress)]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self._path = path

@@ -728,6 +728,29 @@ def test_device_that_is_not_there_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        {"WORLD_SIZE": "0", "RANK": "0"},
+        {"WORLD_SIZE": "1", "RANK": "abc"},
+        {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_says_half_of_what_torchrun_does(
+    image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
+) -> None:
+    """A process that took itself for the second of one would train in silence and write nothing."""
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"the environment says .*{said.get('RANK', '')}.*: no process of a run"):
+        train(make_recipe(epochs=1), image_folder, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_takes_the_first_card_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.cuda.set_device`` refuses a device without one."""
     taken: list[torch.device] = []

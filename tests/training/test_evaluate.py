@@ -15,7 +15,7 @@ from sdzoo.training.data.augment import normaliser
 from sdzoo.training.data.loader import EvaluationData
 from sdzoo.training.data.streaming import Batch
 from sdzoo.training.distributed import Processes, Shard
-from sdzoo.training.evaluate import DataSplit, Evaluation, evaluate, evaluate_predictor, recalibration_batches
+from sdzoo.training.evaluate import DataSplit, Evaluation, evaluate, evaluate_predictor, recalibration_data
 
 NORMALISE = normaliser((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"))
 
@@ -176,19 +176,27 @@ def test_corrupt_images_are_left_out_and_named(make_image_folder: Any) -> None:
     assert (result.images, result.top1_percent, result.corrupt) == (8, 100.0, (str(bad),))
 
 
-def test_images_for_batchnorm_are_drawn_from_all_classes(image_folder: Path) -> None:
-    """66 pictures lie in the order of their classes: the first 40 would leave one out."""
-    drawn = torch.cat(list(recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 40)))
-    assert drawn.shape == (40, 3, 32, 32)
-    assert set(brightest_channel(drawn.numpy()).argmax(axis=1)) == {0, 1, 2}
-    again = torch.cat(list(recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 40)))
-    assert torch.equal(drawn, again)
-    whole = torch.cat(list(recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 66)))
-    assert len(whole) == 66
+def drawn_for_batchnorm(folder: Path, number: int) -> Tensor:
+    return torch.cat([images for images, _ in recalibration_data(CONFIG, DataSplit(folder, "train"), number).batches()])
+
+
+@pytest.mark.parametrize("number", [40, 66])
+def test_images_for_batchnorm_are_drawn_from_all_classes_and_mixed(image_folder: Path, number: int) -> None:
+    """66 pictures lie in the order of their classes: the first 40 would leave one out, the first 22 are of one."""
+    drawn = drawn_for_batchnorm(image_folder, number)
+    assert drawn.shape == (number, 3, 32, 32)
+    classes = brightest_channel(drawn.numpy()).argmax(axis=1)
+    assert all(set(part) == {0, 1, 2} for part in (classes[:12], classes[-12:]))
+    assert torch.equal(drawn, drawn_for_batchnorm(image_folder, number))
+    assert len({image.numpy().tobytes() for image in drawn}) == number
+
+
+def test_images_for_batchnorm_that_are_not_there(image_folder: Path) -> None:
+    """Said before one is asked for."""
     with pytest.raises(InputError, match=r"--recalibrate-bn 67: .*train has 66 images"):
-        recalibration_batches(CONFIG, DataSplit(image_folder, "train"), 67)  # said before a batch is asked for
+        recalibration_data(CONFIG, DataSplit(image_folder, "train"), 67)
     with pytest.raises(InputError, match="wds/x is read from end to end"):
-        recalibration_batches(CONFIG, DataSplit(image_folder, "train", "wds/x"), 6)
+        recalibration_data(CONFIG, DataSplit(image_folder, "train", "wds/x"), 6)
 
 
 def test_parts_of_several_processes_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,6 +275,21 @@ def test_a_changed_environment_is_said(
     assert "threads: 1 -> 2" in said
 
 
+def test_a_result_names_every_environment_that_trained_once(
+    own_run: Path, image_folder: Path, finished_run: Any
+) -> None:
+    """And not those that found nothing left to do."""
+    recipe = dataclasses.replace(finished_run.recipe, epochs=4)
+    torch.set_num_threads(2)  # put back by a fixture
+    with after_step(1, interrupt()), pytest.raises(Interrupted):
+        train(recipe, image_folder, own_run, resume=True, device="cpu", force=True)
+    train(recipe, image_folder, own_run, resume=True, device="cpu")
+    torch.set_num_threads(1)
+    train(recipe, image_folder, own_run, resume=True, device="cpu")
+    ran = json.loads((own_run / "result.json").read_text())["environment"]
+    assert [session["threads"] for session in ran] == [1, 2]
+
+
 def test_an_unchanged_environment_is_not_mentioned(
     own_run: Path, image_folder: Path, finished_run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -417,11 +432,53 @@ def test_another_model_is_refused_even_by_force(own_run: Path, image_folder: Pat
 def test_forced_onto_data_with_other_steps_goes_on_at_an_epochs_start(
     own_run: Path, make_image_folder: Any, finished_run: Any
 ) -> None:
-    """3 steps an epoch in place of 4: the third epoch begins at step 6 of the new count."""
+    """3 steps an epoch in place of 4: the third epoch begins at step 6 of the new count, and no row is lost."""
     folder = make_image_folder({"train": 18, "val": 4})
     rest = forced(dataclasses.replace(finished_run.recipe, epochs=3), folder, own_run)
     assert (rest["epoch"], rest["global_step"]) == (3, 9)
-    assert [row["step"] for row in steps(own_run)] == [str(step) for step in range(1, 10)]
+    rows = [(int(row["epoch"]), int(row["step"])) for row in steps(own_run)]
+    assert rows == [(1 + step // 4, step + 1) for step in range(8)] + [(3, 7), (3, 8), (3, 9)]
+
+
+def test_what_was_forced_is_said_and_kept(
+    own_run: Path, image_folder: Path, finished_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the checkpoint and beside the figures: no one recipe made them. Going on is not forcing again."""
+    recipe = dataclasses.replace(finished_run.recipe, epochs=4, lr=0.02)
+    with after_step(5, interrupt()), pytest.raises(Interrupted):
+        train(recipe, image_folder, own_run, resume=True, device="cpu", force=True)
+    lr = finished_run.recipe.lr
+    expected = [f"from epoch 3 on: epochs was 2, is 4; lr was {lr}, is 0.02"]
+    assert f"another run {expected[0]}" in capsys.readouterr().out
+    train(recipe, image_folder, own_run, resume=True, device="cpu")
+    assert read_checkpoint(own_run / "last.pth")[1]["forced"] == expected
+    assert json.loads((own_run / "result.json").read_text())["forced"] == expected
+    assert json.loads((finished_run.output / "result.json").read_text())["forced"] == []
+
+
+@pytest.mark.parametrize("changed", [{"lr": 0.02}, {"epochs": 1}], ids=str)
+def test_a_finished_run_cannot_be_forced_onto_what_leaves_nothing_to_train(
+    own_run: Path, image_folder: Path, finished_run: Any, changed: dict[str, Any]
+) -> None:
+    before = files(own_run)
+    recipe = dataclasses.replace(finished_run.recipe, **changed)
+    refused(
+        lambda: train(recipe, image_folder, own_run, resume=True, device="cpu", force=True),
+        f"has 2 epochs, the recipe {recipe.epochs}: none is left to go on with, forced or not",
+    )
+    assert files(own_run) == before
+
+
+def test_a_run_whose_best_weights_are_gone(own_run: Path, image_folder: Path, finished_run: Any) -> None:
+    """It is not said to be done, and by force its best epoch is one of those to come."""
+    (own_run / "best.safetensors").unlink()
+    best = json.loads((own_run / "result.json").read_text())["best_epoch"]
+    said = f"best.safetensors, the weights of epoch {best}, is gone"
+    refused(lambda: train(finished_run.recipe, image_folder, own_run, resume=True, device="cpu"), said)
+    rest = forced(dataclasses.replace(finished_run.recipe, epochs=3), image_folder, own_run)
+    assert rest["forced"] == [f"from epoch 3 on: epochs was 2, is 3; {said}"]
+    assert json.loads((own_run / "result.json").read_text())["best_epoch"] == 3
+    assert read_checkpoint(own_run / "best.safetensors")[1]["epoch"] == 3
 
 
 def test_forced_onto_other_validation_data_no_figure_is_compared_with_the_old_ones(
@@ -497,6 +554,7 @@ def test_a_checkpoint_that_lacks_a_part_or_has_another_in_its_place(
         content[key] = value
     last = tmp_path / "run" / "last.pth"
     last.parent.mkdir()
+    shutil.copy(ema_run / "best.safetensors", last.parent)
     save_run(last, content)
     before = last.read_bytes()
     recipe = make_recipe(batch_size=33, model_ema=True)

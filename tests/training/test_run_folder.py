@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import FILES, after_step, assert_same_run, epochs, files, plan, steps
+from runs import FILES, after_step, assert_same_run, epochs, files, plan, steps, table
 
 from sdzoo.cli import main
 from sdzoo.errors import InputError
@@ -25,6 +25,7 @@ from sdzoo.training.checkpoint import load_model, read_checkpoint
 from sdzoo.training.engine import train
 from sdzoo.training.environment import differences
 from sdzoo.training.evaluate import Evaluation
+from sdzoo.training.progress import Progress
 from sdzoo.training.recipe import Recipe, SdzooSettings
 from sdzoo.training.run_folder import RunFolder, StepLog
 
@@ -160,7 +161,7 @@ def test_differences_of_environments() -> None:
 
 def test_step_log_writes_rows_and_cuts_what_follows_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "steps.csv"
-    log = StepLog(path, 0)
+    log = StepLog(path, Progress())
     for step in range(1, 5):
         log.add(step, 1, 0.1, 1 / 3, 5, 1e-9 / 3)
     log.flush()
@@ -168,25 +169,47 @@ def test_step_log_writes_rows_and_cuts_what_follows_the_checkpoint(tmp_path: Pat
     lines = path.read_text()
     assert lines == COLUMNS + "".join(f"{step},1,0.1,0.333333,5,3.33333e-10\n" for step in range(1, 5))
     path.write_text(lines + "5,1,0.1,")
-    log = StepLog(path, 2)
+    log = StepLog(path, Progress(step=2, batch=2))
     log.add(3, 2, 0.2, 0.5, 4, 2.0)
     log.close()
     assert path.read_text() == COLUMNS + "".join(lines.splitlines(True)[1:3]) + "3,2,0.2,0.5,4,2\n"
 
 
-@pytest.mark.parametrize("content", [None, "", COLUMNS, COLUMNS + "1,1,0.1", "1,1,0.1"])
+@pytest.mark.parametrize(
+    ("progress", "kept"),
+    [
+        pytest.param(Progress(epoch=1, step=4), [1, 2, 3, 4], id="an epoch is done"),
+        pytest.param(Progress(epoch=1, step=6, batch=2), [1, 2, 3, 4, 5, 6], id="within the next"),
+        pytest.param(Progress(epoch=1, step=3), [1, 2, 3, 4], id="forced onto fewer steps an epoch"),
+        pytest.param(Progress(epoch=1, step=9), [1, 2, 3, 4], id="forced onto more"),
+        pytest.param(Progress(), [], id="anew"),
+    ],
+)
+def test_step_log_keeps_the_epochs_that_are_done_and_what_is_done_of_this_one(
+    tmp_path: Path, progress: Progress, kept: list[int]
+) -> None:
+    """Of a run of four steps an epoch that was stopped in its second."""
+    path = tmp_path / "steps.csv"
+    path.write_text(COLUMNS + "".join(f"{step},{1 + (step - 1) // 4},0.1,0.5,4,2\n" for step in range(1, 8)) + "x,2\n")
+    StepLog(path, progress).close()
+    assert [int(row["step"]) for row in table(path)] == kept
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", COLUMNS, COLUMNS + "1,1,0.1", COLUMNS + "1,one,0.1,0.5,4,2\n", "1,1,0.1"]
+)
 def test_step_log_of_a_run_whose_log_is_gone_or_broken(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "steps.csv"
     if content is not None:
         path.write_text(content)
-    log = StepLog(path, 1)
+    log = StepLog(path, Progress(step=1, batch=1))
     log.add(2, 1, 0.1, 0.5, 4, 2.0)
     log.close()
     assert path.read_text() == COLUMNS + "2,1,0.1,0.5,4,2\n"
 
 
 def test_flushed_rows_are_on_the_disk(tmp_path: Path) -> None:
-    log = StepLog(tmp_path / "steps.csv", 0)
+    log = StepLog(tmp_path / "steps.csv", Progress())
     log.add(1, 1, 0.1, 0.5, 4, 2.0)
     log.flush()
     assert (tmp_path / "steps.csv").read_text().endswith("1,1,0.1,0.5,4,2\n")
@@ -376,7 +399,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_ends_in_one_line(
 def test_a_row_that_does_not_fit_names_the_log(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with tmpfs(disk, 1 << 16):
-        log = StepLog(disk / "steps.csv", 0)
+        log = StepLog(disk / "steps.csv", Progress())
         fill(disk, 0)
 
         def add_many() -> None:

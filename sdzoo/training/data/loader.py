@@ -22,6 +22,7 @@ from sdzoo.training.data.streaming import Batch, Samples, Stream
 from sdzoo.training.data.web_shards import evaluation_reader, open_shards, training_reader
 from sdzoo.training.distributed import Shard
 from sdzoo.training.recipe import Recipe
+from sdzoo.training.streams import stream
 
 CPU = torch.device("cpu")
 HERE = Shard()
@@ -224,6 +225,7 @@ def open_split(
     pin_mem: bool = False,
     skip_corrupt: bool = False,
     held_out: HeldOut | None = None,
+    order_seed: int | None = None,
     num_samples: int | None = None,
     num_classes: int | None = None,
     download: bool = False,
@@ -242,6 +244,8 @@ def open_split(
         pin_mem: Pin what they hand over.
         skip_corrupt: Leave corrupt images out and name them, instead of stopping at the first.
         held_out: Evaluate on what training holds out of ``split``, not on all of it; not for WebDataset shards.
+        order_seed: Seed of the order in which samples are read; default: as they lie, which may be class by class. Not
+            for WebDataset shards.
         num_samples: For WebDataset shards whose ``_info.json`` does not say.
         num_classes: For WebDataset shards, which do not name their classes.
         download: Let torchvision fetch what is missing (only rank 0 does, so let it come first).
@@ -259,6 +263,8 @@ def open_split(
     source = open_source(dataset, data_dir, split, size[0], download and shard.rank == 0)
     if held_out is not None:
         source = held_out.validation(source, split)
+    if order_seed is not None:
+        source = source.subset(torch.randperm(len(source), generator=stream(order_seed, "order")))
     identity, total = _identity(dataset, split, source.classes, _digest(source, size)), len(source)
     if shard.world > 1:
         source = source.subset(torch.arange(total)[shard.rank :: shard.world])
