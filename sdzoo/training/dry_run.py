@@ -65,7 +65,9 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
     """
     recipe = _without_downloads(recipe)
     with lost_workers_named(), processes(device) as team, deterministic(team.device):
-        run = Run(recipe, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
+        # A step takes as long at any learning rate, and weights that are not trained yet do not bear every one.
+        gentle = dataclasses.replace(recipe, lr=recipe.lr * 1e-6)
+        run = Run(gentle, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
         trainer, data = run.trainer, run.training_data
         macs = count_macs(trainer.model, run.config["input_size"])
         warmup = recipe.sdzoo.survival_warmup_epochs / trainer.epochs  # over it, 1 - p rises from 0 in a straight line
@@ -73,7 +75,7 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
         relative += (1 - relative) * warmup / 2
         trainer.enter_epoch()
         count = min(WARM_UP_STEPS + MEASURED_STEPS, data.steps)
-        middle = trainer.epochs // 2  # where a survival warm-up is over, and the learning rate is a usual one
+        middle = trainer.epochs // 2  # where a survival warm-up is over
         batches, seconds = data.epoch(middle), []
         for number in range(middle * data.steps, middle * data.steps + count):
             started = time.perf_counter()
