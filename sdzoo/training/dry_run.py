@@ -66,7 +66,7 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
     recipe = _without_downloads(recipe)
     with lost_workers_named(), processes(device) as team, deterministic(team.device):
         # A step takes as long at any learning rate, and weights that are not trained yet do not bear every one.
-        gentle = dataclasses.replace(recipe, lr=recipe.lr * 1e-6)
+        gentle = dataclasses.replace(recipe, lr=min(recipe.lr, 1e-6))
         run = Run(gentle, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
         trainer, data = run.trainer, run.training_data
         macs = count_macs(trainer.model, run.config["input_size"])
