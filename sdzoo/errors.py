@@ -14,6 +14,19 @@ class ParityError(RuntimeError):
     """Two things that must compute the same function do not."""
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """Return what a stranger wrote as it may go to a terminal: printable, in one line, at most ``limit`` characters."""
+    text = str(value)
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return plain[:limit] + ("..." if len(plain) > limit or len(text) > limit else "")
+
+
+def shown_names(names: Iterable[str], most: int = 10) -> str:
+    """Return the first ``most`` of ``names``, sorted and each as :func:`shown`, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(map(shown, ordered[:most])) + f" and {len(ordered) - most} more" * (len(ordered) > most)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; nearest: x"`` for the known name closest to ``name``, or ``""`` if none is close."""
     close = difflib.get_close_matches(name, list(known), n=5, cutoff=0.6)

@@ -14,6 +14,7 @@ from sdzoo import weights
 from sdzoo.errors import InputError
 from sdzoo.hub.load import load_hub
 from sdzoo.hub.source import FOLDER, HUB
+from sdzoo.images import input_config
 from sdzoo.macs import count_macs, gates_of
 from sdzoo.registry import check_name, models, tags
 from sdzoo.training.checkpoint import load_model
@@ -56,9 +57,15 @@ class Summary:
 def summarise(name: str) -> Summary:
     """Return what the model ``name`` is made of, with the default schedule (linear decay to 0.5).
 
+    What is published, ``hub:org/name`` or ``local-dir:DIR``, is loaded (:func:`sdzoo.load_hub`), with its own schedule.
+
     Raises:
         InputError: if there is no such model.
+        OSError: if it is on the Hub and cannot be fetched.
     """
+    if name.startswith((HUB, FOLDER)):
+        model = load_hub(name)
+        return _summary(name, model, input_config(model)["input_size"], ())
     check_name(name)
     cfg = timm.models.get_pretrained_cfg(name)
     assert cfg is not None
@@ -69,6 +76,10 @@ def summarise(name: str) -> Summary:
 def _measured(name: str, input_size: tuple[int, int, int], num_classes: int) -> Summary:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=num_classes)
+    return _summary(name, model, input_size, tuple(f"{name}.{tag}" for tag in tags(name)))
+
+
+def _summary(name: str, model: nn.Module, input_size: tuple[int, int, int], weights: tuple[str, ...]) -> Summary:
     probs = [own[0].read() for module in model.modules() if (own := gates_of(module))]
     macs = count_macs(model, input_size)
     return Summary(
@@ -79,7 +90,7 @@ def _measured(name: str, input_size: tuple[int, int, int], num_classes: int) -> 
         training_macs=macs.training,
         layers=sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()),
         survival_probs=tuple(probs),
-        weights=tuple(f"{name}.{tag}" for tag in tags(name)),
+        weights=weights,
     )
 
 

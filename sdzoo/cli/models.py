@@ -21,7 +21,7 @@ def add_commands(commands: Commands) -> None:
     added.add_argument("--pretrained", action="store_true", help="only those with weights, as model.tag")
 
     added = commands.add("info", _info, "say what a model is made of", "sdzoo info sd_resnet110")
-    added.add_argument("model", help="name of a model")
+    added.add_argument("model", help="name of a model, or what is published: hub:ORG/NAME")
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -57,6 +57,7 @@ def _weights(s: Summary) -> str:
 
 def _info(arguments: argparse.Namespace) -> None:
     from sdzoo import weights
+    from sdzoo.hub.source import FOLDER, HUB
     from sdzoo.plots import survival_chart
     from sdzoo.survival import survival_probs
     from sdzoo.zoo import open_model, summarise
@@ -66,6 +67,7 @@ def _info(arguments: argparse.Namespace) -> None:
         return "\n".join([said, *survival_chart(probs, ascii_only=not _takes("▁█┤─"))])
 
     s = summarise(arguments.model)
+    published = s.name.startswith((HUB, FOLDER))
     rows = {
         "model": s.name,
         "input": " x ".join(map(str, s.input_size)),
@@ -75,8 +77,8 @@ def _info(arguments: argparse.Namespace) -> None:
         "a dropped branch costs nothing",
         "layers": f"{s.layers}",
         "blocks": f"{s.blocks}, of which {s.expected_live_blocks:.2f} are computed in a training step on average",
-        "survival": survival(s.survival_probs, "linear decay (the default)"),
-        "weights": ", ".join(s.bundled) or "none ship with sdzoo",
+        "survival": survival(s.survival_probs, "in the weights" if published else "linear decay (the default)"),
+        "weights": "as they are there" if published else ", ".join(s.bundled) or "none ship with sdzoo",
     }
     for name, value in rows.items():
         print(f"{name:<12}{value}")

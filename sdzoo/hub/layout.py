@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdzoo.digest import file_sha256
-from sdzoo.errors import InputError
+from sdzoo.errors import InputError, shown_names
 
 MODEL = "model.safetensors"
 CONFIG = "config.json"
@@ -98,7 +98,7 @@ def compare(sums: dict[str, str], names: Iterable[str], differing: Iterable[str]
     """
     names = set(names)
     kinds = {"changed": set(differing), "missing": sums.keys() - names, f"not in {SUMS}": names - sums.keys()}
-    if faults := [f"{kind}: {', '.join(sorted(found))}" for kind, found in kinds.items() if found]:
+    if faults := [f"{kind}: {shown_names(found)}" for kind, found in kinds.items() if found]:
         raise Damaged(f"{source} is not what its {SUMS} says: {'; '.join(faults)}")
 
 

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 
-from sdzoo.errors import InputError
+from sdzoo.errors import InputError, shown
 from sdzoo.hub.layout import CONFIG, MODEL, SUMS, Damaged, compare
 from sdzoo.hub.model_config import MAX_CONFIG_BYTES, read_model_config
 from sdzoo.hub.source import Repo, Source, once_more, open_source
@@ -42,7 +42,8 @@ class Origin:
         sha256: Of ``model.safetensors``.
         knew_commit: Whether the user or sdzoo named the commit beforehand; always for a folder.
         knew_sha256: Who did the sha256, "you" or "sdzoo"; None: it came along with the files.
-        says_all: Whether the weights say themselves what ``config.json`` does, so that their sha256 vouches for both.
+        says_all: Whether the weights say themselves what ``config.json`` says of the model, so that their sha256
+            vouches for both; not for the licence, which only ``config.json`` names.
         cached: Whether the Hub could not be asked, and it is what the cache holds.
     """
 
@@ -62,7 +63,7 @@ class Origin:
         source = f"{self.source}, from the cache as the Hub did not answer" if self.cached else self.source
         if self.pinned:
             known = "you gave it" if self.knew_sha256 == "you" else "sdzoo knows it"
-            return f"pinned: {source}, sha256 {self.sha256} as {known}"
+            return f"pinned: {source}, sha256 {self.sha256} as {known}; it is of the weights, not of licence and card"
         if not self.says_all:
             return f"unpinned (its weights do not say what {CONFIG} does, so no sha256 can pin it): {source}"
         checked = "its weights are those that you gave the sha256 of" if self.knew_sha256 else "damage on the way only"
@@ -99,8 +100,8 @@ def open_hub(
     name: str | Path, sha256: str | None = None, cache_dir: str | Path | None = None, api: HfApi | None = None
 ) -> tuple[nn.Module, Origin]:
     """Return what :func:`load_hub` does, and where it came from, and say nothing."""
-    if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise InputError(f'sha256 is "{sha256}"; 64 hexadecimal digits')
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise InputError(f'sha256 is "{shown(sha256)}"; 64 hexadecimal digits')
     source = open_source(name, cache_dir, api)
     pin = known(source.name, source.commit) if isinstance(source, Repo) else None
     expected = sha256.lower() if sha256 else pin.sha256 if pin else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,8 @@ class Facts:
 def model_card(facts: Facts, measured: Measured | None) -> str:
     """Return the Markdown of the card, with its figures as a model-index in front; without figures it says so."""
     figures = measured.figures if measured else None
-    data, hub_id = _data(facts, measured)
+    name, hub_id = _data(facts, measured)
+    data = _escaped(name)
     metadata = ModelCardData(
         license=facts.license,
         library_name="timm",
@@ -104,13 +106,13 @@ def model_card(facts: Facts, measured: Measured | None) -> str:
         datasets=[hub_id] if hub_id else None,
         metrics=["accuracy"] if figures else None,
         model_name=facts.title,
-        eval_results=_eval_results(figures, data, hub_id) if figures else None,
+        eval_results=_eval_results(figures, name, hub_id) if figures else None,
     )
     rows = _training_rows(measured, data) if measured else {}
     rows |= _figure_rows(figures) if figures else {"top-1": "**not measured**: published without figures"}
     rows |= _model_rows(facts)
     text = TEXT.format(
-        title=facts.title,
+        title=_escaped(facts.title),
         arch=facts.arch,
         trained=_trained(measured, data),
         rows="\n".join("| {} | {} |".format(name, str(value).replace("|", r"\|")) for name, value in rows.items()),
@@ -141,12 +143,21 @@ def _data(facts: Facts, measured: Measured | None) -> tuple[str, str | None]:
     return facts.data_name or name, hub_id
 
 
+def _escaped(text: str) -> str:
+    """Return ``text`` so that Markdown shows it as it is, in a table too."""
+    return re.sub(r"[&<>|`*\[\]\\]", lambda found: f"&#{ord(found[0])};", text)
+
+
+def _code(text: str) -> str:
+    return "`{}`".format(text.replace("`", "'"))
+
+
 def _trained(measured: Measured | None, data: str) -> str:
     if measured is None:
         return ""
     recipe = measured.recipe
     start = recipe.initial_checkpoint or (recipe.pretrained and f"the pretrained weights of {recipe.model}")
-    return f", {f'fine-tuned from {start}' if start else 'trained from scratch'} on {data}"
+    return f", {f'fine-tuned from {_escaped(start)}' if start else 'trained from scratch'} on {data}"
 
 
 def _eval_results(figures: Figures, data: str, hub_id: str | None) -> list[EvalResult]:
@@ -201,8 +212,9 @@ def _figure_rows(figures: Figures) -> dict[str, Any]:
     val, test = figures.val, figures.test
     return {
         "weights": f"of epoch {figures.best_epoch}, chosen on val",
-        "top-1 on val": f"{val.percent:.2f} % of {val.images:,} images (`{val.split}`)",
-        "top-1 on test": f"**{test.percent:.2f} %** of {test.images:,} images (`{test.split}`), measured after training"
+        "top-1 on val": f"{val.percent:.2f} % of {val.images:,} images ({_code(val.split)})",
+        "top-1 on test": f"**{test.percent:.2f} %** of {test.images:,} images ({_code(test.split)}), measured after "
+        "training"
         if test
         else "not measured",
         "runs": 1,

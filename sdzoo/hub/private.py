@@ -17,29 +17,41 @@ from sdzoo.training.recipe import Recipe
 SHORTEST = 4  # a shorter name is likely to be a word too; as part of a path it is none
 COMMON = {"localhost", "root", "user", "admin", "ubuntu", "runner", "train", "test", "data", "model", "image", "sdzoo"}
 BINARY = (MODEL, ONNX, CURVE)  # chance alone writes a short path there
-# A slash that nothing stands before, as in /x, ~/x, C:\x, file:///x and pipe:cat /x; or a step upwards.
+PRIVATE = "<private>"
+# A slash that nothing stands before, as in /x, ~/x and C:\x; or a step upwards.
 _LEADS_OUT = re.compile(r"(?<![\w.*)}\]-])[/\\~]|(?:^|[/\\])\.\.(?:[/\\]|$)")
-_HOST = re.compile(r"[A-Za-z][\w+.-]*://[^/\s]*")
+# A command, an address, a host, what follows it: any part may be a secret. A letter and a colon are a drive.
+_ADDRESS = re.compile(r"^\s*[\w+.@-]{2,}:|pipe:|://|@[\w.-]+[:/]|\w@\w|[?&;#]\s*[\w-]+=")
+_ON_THE_HUB = re.compile(r"(?:hf-)?hub:[\w.-]+/[\w.-]+(?:@[\w.-]+)?")
+_LEFT = re.compile(r"\bpipe:|://[^\s/]*@|[?&;]\s*[\w-]*(?:token|key|secret|signature|password)=", re.IGNORECASE)
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` without where its data lie, and of addresses and paths that lead out only the last part."""
+    """Return ``recipe`` without where its data lie, of paths that lead out the last part, of addresses nothing."""
     fields = {field.name: _without_paths(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
     return dataclasses.replace(recipe, **fields | {"data_dir": None})
 
 
 def private_paths(recipe: Recipe) -> frozenset[str]:
-    """Return the values that :func:`public_recipe` cuts."""
-    return frozenset(text for text in _texts(dataclasses.asdict(recipe)) if _LEADS_OUT.search(text))
+    """Return the values that :func:`public_recipe` cuts, and the words of those that it leaves out."""
+    cut = [text for text in _texts(dataclasses.asdict(recipe)) if without_path(text) != text]
+    words = (word.strip("'\"") for text in cut if _is_address(text) for word in text.split())
+    return frozenset(cut) | {word for word in words if len(word) > SHORTEST and re.search(r"[/\\@:=]", word)}
 
 
 def without_path(text: str) -> str:
-    """Return ``text``, or its last part if it is a path that leads out or an address."""
+    """Return ``text``, its last part if it is a path that leads out, ``<private>`` if it is an address or a command."""
+    if _is_address(text):
+        return PRIVATE
     if not _LEADS_OUT.search(text):
         return text
-    path = re.split(r"[?#]", _HOST.sub("", text))[0].rstrip("/\\")
+    path = re.split(r"[?#]", text)[0].rstrip("/\\")
     last = re.split(r"[/\\]", path)[-1] if re.search(r"[/\\]", path) else ""
     return last if last.strip(".~ ") else "unnamed"
+
+
+def _is_address(text: str) -> bool:
+    return bool(_ADDRESS.search(text)) and not _ON_THE_HUB.fullmatch(text)
 
 
 def _without_paths(value: Any) -> Any:
@@ -73,7 +85,7 @@ def private_names_in(text: str) -> list[str]:
 
 
 def check_private(folder: Path, paths: Iterable[str], typed: Collection[str] = ()) -> None:
-    """Check that nothing in ``folder`` names this host, this user, their home, or one of ``paths``.
+    """Check that nothing in ``folder`` names this host, this user, their home, one of ``paths``, or a secret.
 
     Args:
         folder: What will be published.
@@ -91,6 +103,7 @@ def check_private(folder: Path, paths: Iterable[str], typed: Collection[str] = (
         else:
             text = content.decode()
             found = [place for place in places if re.search(rf"(?<![\w.-]){re.escape(place)}(?![\w-])", text)]
+            found += sorted({left[0] for left in _LEFT.finditer(text)})
             for words in sorted(typed, key=len, reverse=True):
                 text = re.sub(_word(words), " ", text)
             found += private_names_in(text)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdzoo.errors import InputError
+from sdzoo.errors import InputError, shown
 from sdzoo.hub.layout import SUMS, published_files, read_sums
 from sdzoo.hub.publication import Details, check_loads, open_subject, write_folder
 from sdzoo.hub.remote import client
@@ -95,11 +95,14 @@ def publish(
         folder = Path(to) if to is not None and not dry_run else Path(scratch, name)
         write_folder(subject, folder, details, progress)
         progress(_plan(folder, target, to, license))
+        if subject.measured and not subject.measured.recipe.dataset and data_name is None:
+            called = shown(subject.measured.data, 100)
+            progress(f'the card calls the data set "{called}", after its folder; to call it otherwise: --data NAME')
         if dry_run:
             return Published()
         if target is None:
             return Published(folder=folder)
-        commit = upload(folder, target, client(), lambda back: check_loads(back, subject.model), progress)
+        commit = upload(folder, target, client(writes=True), lambda back: check_loads(back, subject.model), progress)
     return Published(None, commit.oid, None if pr else tag, commit.pull_request)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -19,11 +20,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sdzoo.errors import InputError
+from sdzoo.errors import InputError, shown
 
 LOG_IN = "log in with: hf auth login, or set HF_TOKEN"
 # What its HTTP library raises when there is no answer; which one it is depends on the client's version.
-NoAnswer: type[Exception] = HfHubHTTPError.__bases__[0]
+NoAnswer: type[Exception] = next(kind for kind in reversed(HfHubHTTPError.__mro__) if kind.__module__ != "builtins")
+# What the client raises where an answer is not what it takes for granted: HTML, a list, no names, a text for a size.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class HubError(OSError):
@@ -34,12 +37,13 @@ class HubError(OSError):
         self.status = status
 
 
-def client(endpoint: str | None = None, token: str | None = None) -> HfApi:
+def client(endpoint: str | None = None, token: str | None = None, writes: bool = False) -> HfApi:
     """Return a client of the Hub at ``endpoint`` (default: HF_ENDPOINT, else the public one).
 
     Args:
         endpoint: An address without path.
         token: By whom; default: who is logged in. It goes to https or to this machine, and else stays here.
+        writes: Whether it will: HF_HUB_DISABLE_IMPLICIT_TOKEN is for reading.
 
     Raises:
         InputError: if ``endpoint`` is not such an address, or would be sent a ``token`` in the clear.
@@ -49,7 +53,14 @@ def client(endpoint: str | None = None, token: str | None = None) -> HfApi:
         if token:
             raise InputError(f"a token goes only to https or to this machine; {endpoint} is neither")
         return HfApi(endpoint=endpoint, token=False)
-    return HfApi(endpoint=endpoint, token=token or get_token() or False)
+    if not token and (writes or not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN):
+        token = get_token()
+    if token and _has_proxy(endpoint):
+        raise InputError(
+            f"a token for {endpoint} would go through the HTTP proxy that is set, in the clear: set NO_PROXY="
+            f"{urlsplit(endpoint).hostname}, or unset the token"
+        )
+    return HfApi(endpoint=endpoint, token=token or False)
 
 
 def is_private(endpoint: str) -> bool:
@@ -66,6 +77,14 @@ def is_private(endpoint: str) -> bool:
     if not host or scheme not in ("http", "https") or user is not None:
         raise InputError(f'"{endpoint}" is not the address of a Hub, as {constants.ENDPOINT} is')
     return scheme == "https" or host == "localhost" or _is_loopback(host)
+
+
+def _has_proxy(endpoint: str) -> bool:
+    """Return whether a proxy may be asked for an http ``endpoint``: only an exception in so many words rules it out."""
+    parts, proxies = urlsplit(endpoint), getproxies()
+    excepted = proxies.get("no", "")
+    named = excepted.strip() == "*" or parts.hostname in [name.strip() for name in excepted.split(",")]
+    return parts.scheme == "http" and not named and bool(proxies.get("http") or proxies.get("all"))
 
 
 def _is_loopback(host: str) -> bool:
@@ -107,6 +126,9 @@ def _in_one_line(error: Exception, repo: str, endpoint: str) -> Exception | None
         return unreachable(endpoint)
     if isinstance(error, HfHubHTTPError):
         return _refusal(error, repo, endpoint)
+    if isinstance(error, MALFORMED):
+        why = f"{type(error).__name__}: {_plain(error)}"
+        return HubError(f"{repo}: {endpoint} did not answer as a Hub does, or something between did ({why})")
     if isinstance(error, (NoAnswer, ConnectionError)):
         return unreachable(endpoint, _plain(error) or type(error).__name__)
     if isinstance(error, OSError) and error.errno is None:  # the client's own, as when fewer bytes came than announced
@@ -124,7 +146,9 @@ def unreachable(endpoint: str, why: str = "") -> HubError:
 def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> Exception:
     response: Any = error.response
     status, has_token = response.status_code, "authorization" in response.request.headers
-    log_in = LOG_IN if is_private(endpoint) else f"no token is sent to {endpoint}: it is neither https nor this machine"
+    log_in = LOG_IN + "; HF_HUB_DISABLE_IMPLICIT_TOKEN is set" * constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+    if not is_private(endpoint):
+        log_in = f"no token is sent to {endpoint}: it is neither https nor this machine"
     if isinstance(error, GatedRepoError):
         then = "" if has_token else f"; then {log_in}"
         return InputError(f"{repo} is gated: ask for access at {endpoint}/{repo.partition('@')[0]}{then}")
@@ -150,7 +174,5 @@ def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> Exception:
     return HubError(f"{repo}: {endpoint} answered {status} ({said}); try again later", status)
 
 
-def _plain(text: object, limit: int = 200) -> str:
-    """Return one printable line of what may be a stranger's text: it goes to a terminal."""
-    line = "".join(letter if letter.isprintable() else " " for letter in str(text))
-    return " ".join(line.split())[:limit]
+def _plain(text: object) -> str:
+    return shown(" ".join(str(text).split()), 200)

@@ -14,10 +14,11 @@ from huggingface_hub import HfApi, constants
 
 from sdzoo import weights
 from sdzoo.digest import file_sha256
-from sdzoo.errors import InputError
+from sdzoo.errors import InputError, shown
+from sdzoo.hub.cache import cached, download, note
 from sdzoo.hub.layout import CONFIG, MAX_SUMS_BYTES, OF_THE_HUB, SUMS, Damaged, plain_file, read_sums
 from sdzoo.hub.model_config import MAX_CONFIG_BYTES
-from sdzoo.hub.remote import HubError, client, one_line
+from sdzoo.hub.remote import HubError, client, one_line, unreachable
 from sdzoo.weights.published import known
 
 HUB, FOLDER = "hub:", "local-dir:"  # as names of models begin, the second as timm has it
@@ -106,7 +107,7 @@ class Repo(Source):
     name: str
     commit: str
     api: HfApi
-    cache_dir: Path | None
+    cache: Path
     sizes: dict[str, int] | None
     pinned: bool
 
@@ -129,7 +130,12 @@ class Repo(Source):
         """Return the path of ``name`` in the cache, as :meth:`Source.file`: its size is known before it is fetched."""
         if self.sizes is not None:
             _check_size(self.sizes, name, max_bytes, str(self))
-        return _download(self.api, self.name, name, self.commit, self.cache_dir, max_bytes, self.sizes is None, again)
+        path = None if again else cached(self.cache, self.name, self.commit, name)
+        if path is None:
+            if self.sizes is None:
+                raise _not_cached(unreachable(self.api.endpoint), f"{name} of {self}")
+            path = download(self.api, self.cache, self.name, self.commit, name, self.sizes[name])
+        return _at_most(path, max_bytes, str(self))
 
 
 def once_more(read: Callable[[bool], Result], source: Source) -> Result:
@@ -159,54 +165,45 @@ def open_source(name: str | Path, cache_dir: str | Path | None = None, api: HfAp
     if not found or ".." in text:
         kind = "is not" if text.startswith(HUB) else "is neither a folder nor"
         raise InputError(f'"{text[:200]}" {kind} the name of a repository: ORG/NAME or ORG/NAME@REVISION')
-    return _open_repo(found["repo"], found["revision"], Path(cache_dir) if cache_dir else None, api or client())
+    revision = found["revision"]
+    if revision and _COMMIT.fullmatch(revision.lower()):
+        revision = revision.lower()
+    return _open_repo(found["repo"], revision, Path(cache_dir or constants.HF_HUB_CACHE), api or client())
 
 
-def _open_repo(repo: str, revision: str | None, cache_dir: Path | None, api: HfApi) -> Repo:
+def _open_repo(repo: str, revision: str | None, cache: Path, api: HfApi) -> Repo:
     if revision is None and (pin := known(repo)):
         revision = pin.commit
     asked = f"{repo}@{revision}" if revision else repo
-    down: HubError | None = None
-    commit, sizes = None, None
+    named = revision or constants.DEFAULT_REVISION
     try:
-        with one_line(asked, api):
-            info = api.model_info(repo, revision=revision, files_metadata=True)
-        commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
-        _check_size(sizes, CONFIG, MAX_CONFIG_BYTES, asked)
+        commit, sizes = _listed(api, repo, revision, asked)
     except HubError as error:
         if error.status is not None and error.status < 500:
             raise
-        down = error
-    try:
-        # by the revision as it was named, so that the cache knows what it means when the Hub is away
-        named = revision or constants.DEFAULT_REVISION
-        path = _download(api, repo, CONFIG, named, cache_dir, MAX_CONFIG_BYTES, only_cache=down is not None)
-    except HubError as error:
-        raise _not_cached(down, asked) if down else error from None
-    if commit not in (None, path.parent.name) or not _COMMIT.fullmatch(path.parent.name):
-        raise HubError(f"{asked} was changed while it was read; run again")
-    return Repo(repo, path.parent.name, api, cache_dir, sizes, revision == path.parent.name)
+        path = cached(cache, repo, named, CONFIG)
+        if path is None or not _COMMIT.fullmatch(path.parent.name):
+            raise _not_cached(error, asked) from None
+        commit, sizes = path.parent.name, None
+    if _COMMIT.fullmatch(named) and commit != named:
+        raise InputError(f"{asked} was asked for, and {api.endpoint} answered with commit {commit}")
+    source = Repo(repo, commit, api, cache, sizes, named == commit)
+    source.file(CONFIG, MAX_CONFIG_BYTES)
+    if sizes is not None and named != commit:
+        note(cache, repo, named, commit)  # for when the Hub is away
+    return source
 
 
-def _download(
-    api: HfApi,
-    repo: str,
-    name: str,
-    revision: str,
-    cache_dir: Path | None,
-    max_bytes: int,
-    only_cache: bool,
-    again: bool = False,
-) -> Path:
-    asked = f"{repo}@{revision}"
-    try:
-        with one_line(asked, api):
-            path = api.hf_hub_download(
-                repo, name, revision=revision, cache_dir=cache_dir, local_files_only=only_cache, force_download=again
-            )
-    except HubError as error:
-        raise _not_cached(error, asked) from None
-    return _at_most(Path(path), max_bytes, repo)
+def _listed(api: HfApi, repo: str, revision: str | None, asked: str) -> tuple[str, dict[str, int]]:
+    """Return the commit that ``revision`` means, and the bytes of every file of it."""
+    with one_line(asked, api):
+        info = api.model_info(repo, revision=revision, files_metadata=True)
+        commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise ValueError("no commit")
+        if not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in sizes.items()):
+            raise ValueError("names and sizes of files")
+    return commit, sizes
 
 
 def _not_cached(error: HubError, asked: str) -> HubError:
@@ -219,7 +216,7 @@ def _check_size(sizes: dict[str, int], name: str, max_bytes: int, source: str) -
     if name not in sizes:
         pickles = sorted(other for other in sizes if other.endswith((".bin", ".pth", ".pt", ".ckpt", ".pkl")))
         hint = "; sdzoo publishes nothing without" if name == SUMS else ""
-        hint += f"; pickles, as {pickles[0][:80]!r}, are never loaded" if pickles else ""
+        hint += f"; pickles, as '{shown(pickles[0])}', are never loaded" if pickles else ""
         raise InputError(f"{source} holds no {name}{hint}")
     if sizes[name] > max_bytes:
         raise InputError(f"{name} of {source} has {sizes[name]:,} bytes; at most {max_bytes:,}")

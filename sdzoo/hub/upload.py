@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.hf_api import RepoFile
 
 from sdzoo import __version__
 from sdzoo.digest import file_sha256
-from sdzoo.errors import InputError, ParityError
+from sdzoo.errors import InputError, ParityError, shown_names
+from sdzoo.hub.cache import download
 from sdzoo.hub.layout import OF_THE_HUB, OURS
 from sdzoo.hub.remote import HubError, one_line
 
@@ -64,7 +65,7 @@ def upload(
     repo = target.repo
     with _standing(lambda error: _before(error, folder, target, api)):
         commit = _there_already(folder, target, api, progress) or _commit(folder, target, api, progress)
-    with _standing(lambda error: _after(commit, target)):
+    with _standing(lambda _: _after(commit, target, api)):
         progress(f"comparing commit {commit.oid}")
         _compare(folder, repo, commit.oid, api)
         _compare_downloaded(folder, repo, commit.oid, api, check)
@@ -77,6 +78,8 @@ def _there_already(folder: Path, target: Target, api: HfApi, progress: Callable[
     """Return the commit that holds ``folder`` already; None if there is none. The repository is made if need be."""
     repo = target.repo
     with one_line(repo, api):
+        if target.revision != constants.DEFAULT_REVISION and not api.repo_exists(repo):
+            raise InputError(f"{repo} is not there, or not for you; a new one has no branch {target.revision}")
         api.create_repo(repo, private=target.private, exist_ok=True)
         if target.private and not api.model_info(repo).private:
             raise InputError(f"{repo} is there already and public: --private is for a new repository")
@@ -86,28 +89,35 @@ def _there_already(folder: Path, target: Target, api: HfApi, progress: Callable[
     return found
 
 
+def _refs(repo: str, api: HfApi) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Return the commits of the tags, the branches and the pull requests of ``repo``, the last as ``refs/pr/N``."""
+    with one_line(repo, api):
+        refs = api.list_repo_refs(repo, include_pull_requests=True)
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    branches = {branch.name: branch.target_commit for branch in refs.branches}
+    return tags, branches, {request.ref: request.target_commit for request in refs.pull_requests or []}
+
+
 def _find(folder: Path, target: Target, api: HfApi) -> tuple[Commit | None, str]:
     """Return the commit that holds ``folder``, and what points to it: the tag, the branch, or a pull request.
 
     The real Hub may list closed pull requests too, which then count as open ones; that is not tested.
     """
     repo = target.repo
-    with one_line(repo, api):
-        refs = api.list_repo_refs(repo, include_pull_requests=True)
-    tags = {tag.name: tag.target_commit for tag in refs.tags}
-    branches = {branch.name: branch.target_commit for branch in refs.branches}
+    tags, branches, requests = _refs(repo, api)
+    if target.revision not in branches:
+        raise InputError(f"{repo} has no branch {target.revision}; it has: {shown_names(branches)}")
+    head = branches[target.revision]
     if target.tag in tags:
         if _differing(folder, _tree(repo, tags[target.tag], api)):
             raise _taken(target, tags[target.tag])
-        return Commit(tags[target.tag]), target.tag
-    if target.revision not in branches:
-        raise InputError(f"{repo} has no branch {target.revision}; it has: {', '.join(sorted(branches))}")
-    head = branches[target.revision]
+        elsewhere = f" (not the last commit of {target.revision}, which is left as it is)"
+        return Commit(tags[target.tag]), target.tag + elsewhere * (head != tags[target.tag])
     if not _differing(folder, _tree(repo, head, api)):
         return Commit(head), target.revision
-    for request in reversed(refs.pull_requests or []) if target.pr else ():
-        if not _differing(folder, _tree(repo, request.target_commit, api)):
-            return Commit(request.target_commit, request.ref), request.ref
+    for ref, oid in reversed(requests.items()) if target.pr else ():
+        if not _differing(folder, _tree(repo, oid, api)):
+            return Commit(oid, ref), ref
     return None, ""
 
 
@@ -120,7 +130,7 @@ def _commit(folder: Path, target: Target, api: HfApi, progress: Callable[[str], 
     others = sorted(there.keys() - {*names, OF_THE_HUB})
     if foreign := [name for name in others if name not in OURS]:
         raise InputError(
-            f"{repo} holds other files: {', '.join(foreign[:10])}; what is published stands alone, so delete them or "
+            f"{repo} holds other files: {shown_names(foreign)}; what is published stands alone, so delete them or "
             "name another repository"
         )
     changes = [CommitOperationAdd(name, folder / name) for name in names]
@@ -142,20 +152,20 @@ def _commit(folder: Path, target: Target, api: HfApi, progress: Callable[[str], 
 
 def _compare(folder: Path, repo: str, oid: str, api: HfApi) -> None:
     if differing := _differing(folder, _tree(repo, oid, api)):
-        raise ParityError(f"{repo} does not hold what was sent: {', '.join(differing)}")
+        raise ParityError(f"{repo} does not hold what was sent: {shown_names(differing)}")
 
 
 def _compare_downloaded(folder: Path, repo: str, oid: str, api: HfApi, check: Callable[[Path], None]) -> None:
     """Download into an empty cache, and compare byte for byte and by what it computes."""
     names = sorted(file.name for file in folder.iterdir())
     with tempfile.TemporaryDirectory() as cache:
-        with one_line(repo, api):
-            back = Path(api.snapshot_download(repo, revision=oid, cache_dir=cache, allow_patterns=names))
-        differing = [n for n in names if not (back / n).is_file() or file_sha256(back / n) != file_sha256(folder / n)]
+        size = {name: (folder / name).stat().st_size for name in names}
+        back = [download(api, Path(cache), repo, oid, name, size[name]) for name in names]
+        differing = [path.name for path in back if file_sha256(path) != file_sha256(folder / path.name)]
         if differing:
             raise ParityError(f"what came back from {repo} is not what was sent: {', '.join(differing)}")
         try:
-            check(back)
+            check(back[0].parent)
         except ParityError:
             raise
         except RuntimeError as error:
@@ -170,7 +180,7 @@ def _tag(target: Target, oid: str, api: HfApi) -> None:
         if error.status != 409:
             raise
         with one_line(target.repo, api):
-            tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(target.repo).tags}
+            tags = _refs(target.repo, api)[0]
         if tags.get(target.tag) != oid:
             raise _taken(target, tags.get(target.tag)) from None
 
@@ -232,9 +242,17 @@ def _before(error: BaseException, folder: Path, target: Target, api: HfApi) -> s
         commit, _ = _find(folder, target, api)
     except (InputError, HubError):
         return f"{target.repo} could not be asked whether it holds the commit"
-    return _after(commit, target) if commit else f"{target.repo} holds no such commit"
+    return _after(commit, target, api) if commit else f"{target.repo} holds no such commit"
 
 
-def _after(commit: Commit, target: Target) -> str:
+def _after(commit: Commit, target: Target, api: HfApi) -> str:
+    """Return what points to ``commit`` now, which others may have changed since, and the answer to a tag been lost."""
     where = f"{commit.pull_request or target.revision} of {target.repo}"
-    return f"commit {commit.oid} is on {where}, without the tag {target.tag}"
+    try:
+        tags, branches, requests = _refs(target.repo, api)
+    except (InputError, HubError):
+        return f"commit {commit.oid} was on {where}, which could not be asked whether it has the tag {target.tag}"
+    last = (branches | requests).get(commit.pull_request or target.revision) == commit.oid
+    tagged = tags.get(target.tag) == commit.oid
+    on, has = "on" if last else "not, or no longer, the last of", "with" if tagged else "without"
+    return f"commit {commit.oid} is {on} {where}, {has} the tag {target.tag}"

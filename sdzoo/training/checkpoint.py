@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sdzoo.description import ARCHITECTURE, check_description
 from sdzoo.digest import state_sha256
-from sdzoo.errors import InputError
+from sdzoo.errors import InputError, shown
 from sdzoo.files import atomic_path
 from sdzoo.gate import gates
 from sdzoo.images import input_config
@@ -124,10 +124,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("its description is not a mapping")
         state = safetensors.torch.load_file(path)
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+        raise InputError(f"{path} is not a whole safetensors file: {shown(error, 200)}") from None
     expected, got = header.get("state_sha256"), state_sha256(state)
     if expected not in (None, got):
-        raise InputError(f"{path} is damaged: sha256 of the weights {got}, its description says {expected}")
+        raise InputError(f"{path} is damaged: sha256 of the weights {got}, its description says {shown(expected)}")
     return state, header
 
 

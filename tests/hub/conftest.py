@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -40,7 +41,11 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     To log in: ``monkeypatch.setenv("HF_TOKEN", hub_server.WRITE)``.
     """
     server = HubServer()
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        *(name for name in os.environ if name.lower().endswith("_proxy")),
+    ):
         monkeypatch.delenv(name, raising=False)
     # the client has read its environment when it was imported
     for name, value in {
@@ -52,8 +57,11 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_DISABLE_PROGRESS_BARS": True,
         "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
     }.items():
         monkeypatch.setattr(constants, name, value)
+    # where older versions have a copy of it
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", constants.HUGGINGFACE_CO_URL_TEMPLATE, False)
     # it waits a second and more before it tries again
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))

@@ -83,6 +83,8 @@ class HubServer:
         cut_uploads: Bytes after which every upload breaks off, until it is None again.
         flips: So many of the next downloads of an LFS file have their last byte flipped.
         ranges: The Range header of every download of an LFS file.
+        lies: By endpoint, given the true answer, returns what is answered; bytes as they are.
+        headers: Of every answer with a file, instead of the true ones.
     """
 
     def __init__(self) -> None:
@@ -95,6 +97,8 @@ class HubServer:
         self.cut_uploads: int | None = None
         self.flips = 0
         self.ranges: list[str | None] = []
+        self.lies: dict[str, Callable[[Any], Any]] = {}
+        self.headers: dict[str, str] = {}
         self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -210,8 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
             with self.hub.lock:
                 given = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
                 answer = getattr(self, f"_{endpoint}")(body, **given)
+            if endpoint in self.hub.lies:
+                answer = self.hub.lies[endpoint](answer)
             if answer is not None:
-                self._send(200, json.dumps(answer).encode())
+                self._send(200, answer if isinstance(answer, bytes) else json.dumps(answer).encode())
         except Refused as error:
             headers = {"X-Error-Message": str(error), **({"X-Error-Code": error.code} if error.code else {})}
             self._send(error.status, json.dumps({"error": str(error)}).encode(), headers)
@@ -403,8 +409,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = held.commits[oid][name]
         headers = {"X-Repo-Commit": oid, "ETag": f'"{oid_of(name, data)}"', "Accept-Ranges": "bytes"}
         if not is_lfs(name):
-            return self._send(200, data, headers)
-        headers |= {"X-Linked-Etag": f'"{oid_of(name, data)}"', "X-Linked-Size": str(len(data))}
+            return self._send(200, data, headers | self.hub.headers)
+        headers |= {"X-Linked-Etag": f'"{oid_of(name, data)}"', "X-Linked-Size": str(len(data))} | self.hub.headers
         if self.command == "HEAD":
             return self._send(200, data, headers)
         return self._send_lfs(data, headers)

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, _Handler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
 from sdzoo.hub.layout import CONFIG, MODEL, SUMS, write_sums
-from sdzoo.hub.load import MAX_HEADER_BYTES, load_hub, open_hub
+from sdzoo.hub.load import MAX_HEADER_BYTES, load_hub, open_hub, verify_hub
 from sdzoo.hub.model_config import MAX_CONFIG_BYTES, read_model_config
+from sdzoo.hub.remote import HubError
+from sdzoo.weights import published as registry
 
 REPO = "org/net"
 Edit = Callable[[dict[str, Any]], object]
@@ -178,7 +181,132 @@ def test_what_is_too_large_is_not_fetched(name: str, size: int, hub: HubServer, 
         load_hub(REPO)
     with pytest.raises(InputError, match=f"{name} of .* has {size:,} bytes; at most"):
         load_hub(folder)
-    assert sum(path.stat().st_size for path in cache.rglob("blobs/*")) < 20_000
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 20_000
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
+@pytest.mark.parametrize("path", ["/{}", "../../../{}", "../../../../x", "..", ".hidden"])
+def test_what_a_server_calls_a_file_is_no_path(
+    header: str, path: str, hub: HubServer, folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (victim := tmp_path / "victim").write_text("precious")
+    hub.add(REPO, folder)
+    hub.headers = {header: f'"{path.format(str(victim)[1:] if path[0] == "/" else victim.name)}"'}
+    before = {file for file in tmp_path.rglob("*") if cache not in (file, *file.parents)}
+    open_hub(REPO)
+    verify_hub(REPO)
+    assert victim.read_text() == "precious"
+    assert before == {file for file in tmp_path.rglob("*") if cache not in (file, *file.parents)}
+    assert {file.parent.name for file in cache.rglob("*") if file.is_file()} == {
+        hub.repos[REPO].branches["main"],
+        "refs",
+    }
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_another_commit_than_was_asked_for_is_refused(
+    known: bool, hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = hub.add(REPO, folder).branches["main"]
+    open_hub(f"{REPO}@{asked.upper()}")  # as it should be, and cached
+    other = hub.repos[REPO].commit({file.name: file.read_bytes() for file in folder.iterdir()})
+    hub.lies["info"] = lambda answer: answer | {"sha": other}
+    if known:
+        monkeypatch.setattr(registry, "PUBLISHED", (registry.Published(REPO, asked, file_sha256(folder / MODEL)),))
+    for read in (open_hub, verify_hub):
+        with pytest.raises(InputError, match=f"{REPO}@{asked} was asked for, and .* answered with commit {other}"):
+            read(REPO if known else f"{REPO}@{asked}")
+
+
+@pytest.mark.parametrize("name", [CONFIG, SUMS, MODEL])
+def test_never_more_is_written_than_was_promised(name: str, hub: HubServer, folder: Path, cache: Path) -> None:
+    hub.add(REPO, folder)
+    hub.repos[REPO].commits[hub.repos[REPO].branches["main"]][name] += b" " * 30_000_000
+
+    def small(answer: Any) -> Any:
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+        return answer | {"siblings": [{"rfilename": n, "size": size} for n, size in sizes.items()]}
+
+    hub.lies["info"] = small
+    with pytest.raises(HubError, match=f"{name} of org/net@.* has more bytes than the [0-9,]+ that the Hub promised"):
+        open_hub(REPO)
+    assert not list(cache.rglob(name)) and not list(cache.rglob("incomplete-*"))
+
+
+def edit_info(**values: Any) -> Callable[[Any], Any]:
+    return lambda answer: answer | values
+
+
+MALFORMED: dict[str, Callable[[Any], Any]] = {
+    "HTML": lambda answer: b"<html>please log in</html>",
+    "nothing": lambda answer: b"",
+    "a list": lambda answer: b"[]",
+    "null": lambda answer: b"null",
+    "depth": lambda answer: b"[" * 200_000,
+    "no commit": edit_info(sha=None),
+    "a path for a commit": edit_info(sha="../../../../evil"),
+    "a short commit": edit_info(sha="abc"),
+    "a list for a commit": edit_info(sha=["a"]),
+    "no list of files": edit_info(siblings=3),
+    "files without names": edit_info(siblings=[{}]),
+    "a number for a name": edit_info(siblings=[{"rfilename": 3, "size": 1}]),
+    "a text for a size": edit_info(siblings=[{"rfilename": CONFIG, "size": "abc"}]),
+    "a size below nothing": edit_info(siblings=[{"rfilename": CONFIG, "size": -1}]),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_what_no_hub_answers_is_said_in_one_line_and_the_cache_is_tried(
+    case: str, hub: HubServer, folder: Path, cache: Path
+) -> None:
+    hub.add(REPO, folder)
+    hub.lies["info"] = MALFORMED[case]
+    said = r"did not answer as a Hub does, or something between did \(.*\); .* is not in the cache"
+    with pytest.raises(HubError, match=said) as caught:
+        open_hub(REPO)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700 and not cache.exists()
+    del hub.lies["info"]
+    open_hub(REPO)
+    hub.lies["info"] = MALFORMED[case]
+    assert open_hub(REPO)[1].cached
+
+
+def test_a_page_instead_of_a_file_is_refused(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(REPO, folder)
+    monkeypatch.setattr(_Handler, "_resolve", lambda self, body, **given: b"<html>")
+    with pytest.raises(HubError, match="Consistency check failed: file should be of size"):
+        open_hub(REPO)
+
+
+@pytest.mark.parametrize("revision", ["v1.0", "main"])
+def test_what_was_noted_in_the_cache_is_a_commit_or_nothing(
+    revision: str, hub: HubServer, folder: Path, cache: Path
+) -> None:
+    held = hub.add(REPO, folder)
+    held.tags["v1.0"] = held.branches["main"]
+    open_hub(f"{REPO}@{revision}")
+    (snapshot,) = cache.rglob("snapshots/*")
+    snapshot.rename(snapshot.with_name("evil"))
+    (ref,) = cache.rglob("refs/*")
+    ref.write_text("evil")
+    hub.close()
+    with pytest.raises(HubError, match="is not in the cache"):
+        open_hub(f"{REPO}@{revision}")
+
+
+def test_names_that_clear_the_screen_do_not(hub: HubServer, folder: Path) -> None:
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub.add(REPO, files | {f"\x1b[2J{'x' * 300}{number}": b"" for number in range(90)})
+    with pytest.raises(InputError, match=r"not in SHA256SUMS: \\x1b\[2Jx+\.\.\., .* and 80 more") as caught:
+        verify_hub(REPO)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1500
+
+
+def test_a_digest_that_clears_the_screen_does_not(folder: Path) -> None:
+    rewritten(folder, lambda state: None, {"arch": "sd_resnet20", "state_sha256": "\x1b[2J" + "x" * 100_000})
+    with pytest.raises(InputError, match="is damaged: sha256 of the weights") as caught:
+        open_hub(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
 
 
 def framed(header: bytes, length: int | None = None) -> bytes:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def gets(hub: HubServer) -> int:
 
 
 def cached_weights(cache: Path) -> list[Path]:
-    return [path for path in cache.rglob("blobs/*") if path.stat().st_size > 1_000_000]
+    return [path for path in cache.rglob("snapshots/*/*") if path.stat().st_size > 1_000_000]
 
 
 def test_the_weights_come_back_to_the_bit(
@@ -100,7 +101,8 @@ def test_what_sdzoo_knows_is_pinned_without_asking(
     monkeypatch.setattr(registry, "PUBLISHED", (known,))
     model, origin = open_hub(REPO)  # main has gone on since
     assert origin.pinned and same(model, reference)
-    assert str(open_hub(f"{REPO}@v1.0")[1]) == f"pinned: {REPO}@{known.commit}, sha256 {sha256} as sdzoo knows it"
+    said = f"pinned: {REPO}@{known.commit}, sha256 {sha256} as sdzoo knows it; it is of the weights, not of licence"
+    assert str(open_hub(f"{REPO}@v1.0")[1]) == f"{said} and card"
     monkeypatch.setattr(registry, "PUBLISHED", (registry.Published(REPO, known.commit, "0" * 64),))
     with pytest.raises(InputError, match=f"says its SHA256SUMS; it should have {'0' * 64}"):
         open_hub(REPO)
@@ -131,7 +133,7 @@ def test_a_folder_that_is_called_as_a_repository_is_meant(
     assert open_hub(REPO)[1].source == REPO and not hub.asked
     shutil.copytree(tmp_path / REPO, tmp_path / f"hub:{REPO}")
     hub.add(REPO, {"README.md": b"other"})
-    with pytest.raises(InputError, match=r"org/sd_resnet20.cifar10 holds no config\.json"):
+    with pytest.raises(InputError, match=r"org/sd_resnet20.cifar10@[0-9a-f]{40} holds no config\.json"):
         verify_hub(f"hub:{REPO}")
     del hub.repos[REPO]
     with pytest.raises(InputError, match="no such repository"):
@@ -229,8 +231,9 @@ def test_a_wrong_sha256_is_refused_before_the_weights_are_fetched(hub: HubServer
     with pytest.raises(InputError, match=f"it should have {'0' * 64}"):
         open_hub(f"{REPO}@v1.0", "0" * 64)
     assert gets(hub) == 0
-    with pytest.raises(InputError, match='sha256 is "abc"; 64 hexadecimal digits'):
-        open_hub(f"{REPO}@v1.0", "abc")
+    for digits in ("abc", "", "0" * 65):
+        with pytest.raises(InputError, match=f'sha256 is "{digits}"; 64 hexadecimal digits'):
+            open_hub(f"{REPO}@v1.0", digits)
     open_hub(f"{REPO}@v1.0")
     with pytest.raises(InputError):
         open_hub(f"{REPO}@v1.0", "0" * 64)
@@ -291,6 +294,14 @@ def test_damage_in_the_cache_while_the_hub_is_away_is_refused(hub: HubServer, re
     assert path.read_bytes() == damaged, "nothing better was there to put in its place"
 
 
+def test_what_is_too_large_in_the_cache_is_not_read(hub: HubServer, repo: Repo, cache: Path) -> None:
+    open_hub(f"{REPO}@v1.0")
+    next(cache.rglob(SUMS)).write_bytes(b"a" * 40_000)
+    hub.close()
+    with pytest.raises(InputError, match=r"SHA256SUMS of .* has 40,000 bytes; at most 32,768"):
+        open_hub(f"{REPO}@v1.0")
+
+
 def test_a_dead_hub_and_an_empty_cache(hub: HubServer, repo: Repo) -> None:
     hub.close()
     with pytest.raises(HubError, match=f"{hub.url} cannot be reached .*; {REPO}@v1.0 is not in the cache"):
@@ -301,12 +312,37 @@ def test_a_branch_that_goes_on_while_it_is_read(hub: HubServer, repo: Repo) -> N
     files = repo.commits[repo.tags["v1.0"]]
     repo.commit(files)
 
+    read = repo.branches["main"]
+
     def goes_on() -> None:
-        repo.commit({**files, "README.md": b"new"})
+        repo.commit({"config.json": b"{}"})
 
     hub.interfere["resolve"] = goes_on
-    with pytest.raises(HubError, match="was changed while it was read; run again"):
-        open_hub(f"{REPO}@main")
+    assert open_hub(f"{REPO}@main")[1].source == f"{REPO}@{read}" != f"{REPO}@{repo.branches['main']}"
+
+
+def test_the_cache_is_timms_too(hub: HubServer, repo: Repo, reference: nn.Module) -> None:
+    open_hub(f"{REPO}@v1.0")
+    hub.close()
+    assert same(timm.create_model(f"hf-hub:{REPO}@v1.0", pretrained=True).eval(), reference)
+
+
+def test_what_timm_has_cached_is_taken(hub: HubServer, repo: Repo, reference: nn.Module) -> None:
+    timm.create_model(f"hf-hub:{REPO}@v1.0", pretrained=True)
+    assert same(open_hub(f"{REPO}@v1.0")[0], reference) and gets(hub) == 1
+
+
+def test_a_cache_that_cannot_be_written(hub: HubServer, repo: Repo, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^the cache .*/file/hub \(HF_HOME\) cannot be written: Not a directory$"):
+        open_hub(REPO + "@v1.0", cache_dir=tmp_path / "file" / "hub")
+
+
+def test_info_says_what_a_published_model_is(hub: HubServer, repo: Repo, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", f"hub:{REPO}@v1.0"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"parameters +269,722\n(.*\n)*survival +p_1 = .* in the weights\n", out), out
+    assert "unpinned (" in out and "as they are there" in out
 
 
 def test_private_and_gated(hub: HubServer, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:

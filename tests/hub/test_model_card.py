@@ -112,6 +112,20 @@ def test_the_data_set_is_called_what_it_was(
     assert f"trained from scratch on {called}." in card and front(card).get("datasets") == hub_id
 
 
+def test_a_name_shows_as_it_is(measured: Measured) -> None:
+    name = "a|b <script> `c` [d](e) *f* & \\g"
+    facts = dataclasses.replace(FACTS, data_name=name)
+    assert measured.figures is not None
+    val = dataclasses.replace(measured.figures.val, split="v`al|")
+    one = dataclasses.replace(measured, figures=dataclasses.replace(measured.figures, val=val))
+    card = model_card(facts, changed(one, initial_checkpoint="<private>"))
+    shown = "a&#124;b &#60;script&#62; &#96;c&#96; &#91;d&#93;(e) &#42;f&#42; &#38; &#92;g"
+    assert f"fine-tuned from &#60;private&#62; on {shown}." in card
+    assert f"| data | {shown}: 36 training images" in card and f"hold for {shown} alone." in card
+    assert r"of 12 images (`v'al\|`) |" in card
+    assert front(card)["model-index"][0]["results"][0]["dataset"]["name"] == name
+
+
 def test_what_was_not_measured_is_not_said(measured: Measured) -> None:
     assert measured.figures is not None
     untested = dataclasses.replace(measured, figures=dataclasses.replace(measured.figures, test=None))

@@ -27,7 +27,7 @@ from sdzoo.errors import InputError, ParityError
 from sdzoo.hub import measured, publication
 from sdzoo.hub.layout import CARD, read_sums
 from sdzoo.hub.load import verify_hub
-from sdzoo.hub.private import private_names_in, public_recipe
+from sdzoo.hub.private import check_private, private_names_in, private_paths, public_recipe
 from sdzoo.hub.publication import Details, Subject, open_subject, write_folder
 from sdzoo.training.checkpoint import describe, load_model, save_weights
 from sdzoo.training.recipe import SdzooSettings
@@ -207,10 +207,33 @@ def test_nothing_of_this_machine_is_in_it(
         ({"initial_checkpoint": "C:\\frodo\\ring.pth"}, {"initial_checkpoint": "ring.pth"}),
         ({"initial_checkpoint": "../../acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
         ({"initial_checkpoint": "runs/../acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
-        ({"initial_checkpoint": "file:///mnt/acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
-        ({"initial_checkpoint": "pipe:cat /mnt/acme/ring.pth"}, {"initial_checkpoint": "ring.pth"}),
-        ({"initial_checkpoint": "https://frodo:pw@acme/a/ring.pth?key=1"}, {"initial_checkpoint": "ring.pth"}),
-        ({"initial_checkpoint": "https://frodo:pw@acme"}, {"initial_checkpoint": "unnamed"}),
+        *[
+            ({"initial_checkpoint": address}, {"initial_checkpoint": "<private>"})
+            for address in (
+                "file:///mnt/acme/ring.pth",
+                "pipe:cat /mnt/acme/ring.pth",
+                "pipe:../acme/ring.tar",
+                " pipe:ssh frodo@gandalf cat ring.tar",
+                "a.tar::pipe:curl acme",
+                "tars/a.tar::pipe:curl acme",
+                "wds/https://acme/ring.tar",
+                "ssh frodo@gandalf",
+                "https://frodo:pw@acme/a/ring.pth?key=1",
+                "https://frodo:pw@acme",
+                "https://acme/ring.pth;token=SECRET",
+                "s3:acme/ring.pth",
+                "wds/s3://KEY:SECRET@acme/ring.pth",
+                "frodo@gandalf:ring.pth",
+                "gandalf:data/ring.pth",
+                "[::1]@gandalf/ring.pth",
+                "data/ring.pth?token=SECRET",
+                "hub:org/net@v1.0 pipe:x",
+            )
+        ],
+        *[
+            ({"initial_checkpoint": plain}, {"initial_checkpoint": plain})
+            for plain in ("hub:org/net@v1.0", "hf-hub:org/net", "train[:90%]", "rand-m9-mstd0.5", "a=b", "torch/x_y")
+        ],
         ({"initial_checkpoint": "~frodo"}, {"initial_checkpoint": "unnamed"}),
         ({"initial_checkpoint": "./ring.pth"}, {"initial_checkpoint": "./ring.pth"}),
         ({"train_split": "/mnt/acme/train/"}, {"train_split": "train"}),
@@ -288,7 +311,39 @@ def test_no_path_of_the_recipe_is_in_any_file(changes: dict[str, Any], write: Wr
     edit_recipe(run, **changes)
     out = write()
     assert not [file.name for file in out.iterdir() if b"acme-secret" in file.read_bytes()]
-    assert "initial_checkpoint" not in changes or "fine-tuned from ring.safetensors on" in (out / CARD).read_text()
+    source = r"&#60;private&#62;" if "://" in str(changes) else "ring.safetensors"
+    assert "initial_checkpoint" not in changes or f"fine-tuned from {source} on" in (out / CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("left", "found"),
+    [
+        ("pipe:curl -s https://acme/y.tar -H 'X-Key: SECRET'", "https://acme/y.tar"),
+        ("https://acme-secret/ring.pth", "https://acme-secret/ring.pth"),
+        ("frodo@gandalf:ring.pth", "frodo@gandalf:ring.pth"),
+    ],
+)
+def test_what_an_address_left_is_searched_for(left: str, found: str, run: Path, write: Write, monkeypatch: Any) -> None:
+    words = private_paths(dataclasses.replace(load_recipe(run / "recipe.yaml"), initial_checkpoint=left))
+    assert found in words and left in words
+    edit_recipe(run, initial_checkpoint=left)
+    monkeypatch.setattr(measured, "public_recipe", lambda recipe: recipe)
+    with pytest.raises(InputError, match=rf"not published: README\.md would hold .*{re.escape(found)}"):
+        write()
+
+
+@pytest.mark.parametrize("secret", ["pipe:x", "s3://me:pw@acme", "?token=1", ";api_key=1"])
+def test_what_looks_like_a_secret_is_not_published(secret: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"a: {secret}")
+    with pytest.raises(InputError, match=r"recipe\.yaml would hold"):
+        check_private(tmp_path, ())
+
+
+def test_a_place_is_searched_for_in_files_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\xff/srv/acme/ring\0")
+    check_private(tmp_path, ("/srv/other/ring", "/acme"))
+    with pytest.raises(InputError, match=r"model\.onnx would hold /srv/acme/ring"):
+        check_private(tmp_path, ("/srv/acme/ring",))
 
 
 def test_what_was_cut_from_the_recipe_is_searched_for(write: Write, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from hub_server import READ, WRITE, HubServer, Repo, _Handler
+from small_run import DATA
 from torch import nn
 
 import sdzoo
@@ -286,6 +287,89 @@ def test_a_fault_of_the_program_keeps_its_cause(hub: HubServer, put: Publish, mo
     with pytest.raises(RuntimeError, match=r"KeyError\('x'\); commit .* is on main") as caught:
         put()
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_what_has_its_tag_is_said_to_have_it(hub: HubServer, put: Publish) -> None:
+    oid = put().commit
+    hub.flips = 99
+    with pytest.raises(ParityError, match=f"commit {oid} is on main of {REPO}, with the tag v1.0; {AGAIN}"):
+        put()
+    change(hub)
+    said = f"commit {oid} is not, or no longer, the last of main of {REPO}, with the tag v1.0; {AGAIN}"
+    with pytest.raises(ParityError, match=said):
+        put()
+
+    def gone() -> int:
+        hub.interfere["refs"] = lambda: 500
+        return 500
+
+    del hub.repos[REPO].tags["v1.0"]
+    hub.flips, hub.interfere["tag"] = 0, gone
+    hub.repos[REPO].branches["main"] = str(oid)
+    with pytest.raises(HubError, match=f"commit {oid} was on main of {REPO}, which could not be asked whether it has"):
+        put()
+
+
+def test_a_tag_whose_answer_was_lost_is_said_to_be_there(
+    hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag = _Handler._tag
+
+    def lost(handler: _Handler, body: bytes, **given: str) -> None:
+        tag(handler, body, **given)
+        handler._hang_up()
+
+    monkeypatch.setattr(_Handler, "_tag", lost)
+    with pytest.raises(HubError, match=f"is on main of {REPO}, with the tag v1.0; {AGAIN}"):
+        put()
+
+
+def test_a_branch_is_not_forgotten_where_the_tag_is_there(hub: HubServer, put: Publish) -> None:
+    said: list[str] = []
+    oid = put().commit
+    with pytest.raises(InputError, match="has no branch next; it has: main"):
+        put(revision="next")
+    change(hub)
+    assert put(progress=said.append).commit == oid
+    assert f"v1.0 (not the last commit of main, which is left as it is) of {REPO} holds these files already" in said
+
+
+def test_no_repository_is_made_for_a_branch_that_it_cannot_have(hub: HubServer, put: Publish) -> None:
+    with pytest.raises(InputError, match=f"{REPO} is not there, or not for you; a new one has no branch next"):
+        put(revision="next")
+    assert not hub.repos
+
+
+def test_an_etag_is_no_path_on_the_way_back(hub: HubServer, put: Publish, tmp_path: Path) -> None:
+    (victim := tmp_path / "victim").write_text("precious")
+    hub.headers = {"ETag": f'"{victim}"', "X-Linked-Etag": f'"{victim}"', "X-Repo-Commit": "../../evil"}
+    put()
+    assert victim.read_text() == "precious"
+
+
+def test_a_file_that_came_about_meanwhile_is_a_difference(
+    hub: HubServer, put: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oid = put().commit
+    held = hub.repos[REPO]
+    held.commit(held.commits[str(oid)] | {"\x1b[2Jevil.pkl": b"pickle"})
+    with pytest.raises(InputError, match=r"holds other files: \\x1b\[2Jevil\.pkl; what is published"):
+        put(tag="v2.0")
+    commit = Repo.commit
+    monkeypatch.setattr(Repo, "commit", lambda self, files, branch="main": commit(self, files | {"evil.pkl": b""}))
+    hub.add(REPO, {".gitattributes": b""})
+    held.tags.clear()
+    hub.repos[REPO].commits[hub.repos[REPO].branches["main"]] = {".gitattributes": b""}
+    with pytest.raises(ParityError, match=r"does not hold what was sent: evil\.pkl; commit"):
+        put()
+
+
+@pytest.mark.parametrize("name", [None, "colours"])
+def test_the_plan_says_what_the_card_calls_the_data(name: str | None, run: Path) -> None:
+    said: list[str] = []
+    publish(run, "org/net", license="mit", dry_run=True, data_name=name, progress=said.append)
+    note = f'the card calls the data set "{DATA}", after its folder; to call it otherwise: --data NAME'
+    assert (note in said) == (name is None)
 
 
 def test_the_tag_is_on_the_commit_that_was_checked(hub: HubServer, put: Publish) -> None:

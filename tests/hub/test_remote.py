@@ -58,6 +58,42 @@ def test_by_default_the_client_is_who_is_logged_in_at_the_hub_of_the_environment
     assert client().token == READ
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "settings", "sent"),
+    [
+        ("http://127.0.0.1:1", {"HTTP_PROXY": "http://p"}, False),
+        ("http://127.0.0.1:1", {"http_proxy": "http://p", "NO_PROXY": ".0.0.1,127.0.0.0/8"}, False),
+        ("http://localhost:1", {"ALL_PROXY": "http://p", "NO_PROXY": "127.0.0.1"}, False),
+        ("http://127.0.0.1:1", {"HTTP_PROXY": "http://p", "NO_PROXY": "localhost, 127.0.0.1"}, True),
+        ("http://127.0.0.1:1", {"HTTP_PROXY": "http://p", "NO_PROXY": "*"}, True),
+        ("http://127.0.0.1:1", {"HTTPS_PROXY": "http://p"}, True),
+        ("https://hub.example", {"HTTP_PROXY": "http://p", "HTTPS_PROXY": "http://p"}, True),
+    ],
+)
+def test_a_token_for_this_machine_goes_through_no_proxy(
+    endpoint: str, settings: dict[str, str], sent: bool, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert client(endpoint).token is False
+    monkeypatch.setenv("HF_TOKEN", READ)
+    if sent:
+        assert client(endpoint).token == READ
+    else:
+        with pytest.raises(
+            InputError, match="would go through the HTTP proxy that is set, in the clear: set NO_PROXY="
+        ):
+            client(endpoint)
+
+
+def test_who_reads_unnamed_is_not_named(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", READ)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert (client().token, client(token=WRITE).token, client(writes=True).token) == (False, WRITE, READ)
+    with pytest.raises(InputError, match="HF_HUB_DISABLE_IMPLICIT_TOKEN is set"), one_line(REPO, client()):
+        info()(client())
+
+
 def info(repo: str = REPO, revision: str | None = None) -> Callable[[HfApi], object]:
     return lambda api: api.model_info(repo, revision=revision)
 
@@ -188,7 +224,7 @@ def test_what_a_hub_says_cannot_move_the_cursor(hub: HubServer) -> None:
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), KeyError("a"), RuntimeError("b")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), RuntimeError("b")])
 def test_what_is_not_the_hubs_is_left_alone(error: Exception, hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as caught, one_line(REPO, client()):
         raise error
