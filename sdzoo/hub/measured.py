@@ -18,7 +18,7 @@ from sdzoo.training.run_folder import RunFolder
 WANTED = {
     "data": str,
     "seal": str,
-    **dict.fromkeys(("corrupt_training_images", "environment"), list),
+    **dict.fromkeys(("corrupt_training_images", "environment", "forced"), list),
     **dict.fromkeys(("images", "seconds", "sha256"), dict),
 }
 RAN = ("sdzoo", "torch", "timm", "machine", "device", "threads", "world")
@@ -58,6 +58,7 @@ class Measured:
         figures: None if they are not to be used.
         training_s: Seconds of training and validation.
         environment: Versions, machine, device, threads, processes of all sessions that trained, in order.
+        forced: How often it was resumed by force: then its recipe is only the last of those that made it.
     """
 
     folder: RunFolder = field(compare=False)
@@ -69,6 +70,7 @@ class Measured:
     figures: Figures | None
     training_s: float
     environment: list[dict[str, Any]]
+    forced: int
 
 
 def read_measured(folder: str | Path, no_metrics: bool = False) -> Measured:
@@ -101,6 +103,7 @@ def read_measured(folder: str | Path, no_metrics: bool = False) -> Measured:
         figures=figures,
         training_s=sum(result["seconds"].values()),
         environment=result["environment"],
+        forced=len(result["forced"]),
     )
 
 

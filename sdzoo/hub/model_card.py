@@ -179,9 +179,11 @@ def _eval_results(figures: Figures, data: str, hub_id: str | None) -> list[EvalR
 def _training_rows(measured: Measured, data: str) -> dict[str, Any]:
     recipe = measured.recipe
     corrupt = f", {measured.corrupt_images} of them corrupt and substituted" if measured.corrupt_images else ""
+    times = f"{measured.forced} time{'s' * (measured.forced > 1)}"
+    forced = f"; the last of several: resumed by force {times}" if measured.forced else ""
     return {
         "data": f"{data}: {measured.training_images:,} training images{corrupt}",
-        "recipe": "`recipe.yaml`, every value in `recipe_resolved.yaml`",
+        "recipe": "`recipe.yaml`, every value in `recipe_resolved.yaml`" + forced,
         "epochs": f"{recipe.epochs}",
         "training time": _time(measured.training_s),
         "hardware": _in_turn(map(_hardware, measured.environment)),

@@ -225,6 +225,7 @@ def _results(facts: Facts, measured: Measured | None, state_sha256: str) -> dict
         "epochs": measured.recipe.epochs,
         "training_s": round(measured.training_s, 1),
         "environment": measured.environment,
+        "forced": measured.forced,
         "figures": _plain(measured.figures),
     }
 

@@ -74,6 +74,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: edit_result(run, sha256=None),
         "lacks sha256: it is damaged, or of an older sdzoo; rem",
     ),
+    "no word of force": (lambda run: edit_result(run, forced=None), "lacks forced"),
     "no session": (lambda run: edit_result(run, environment=[]), "its images, seconds or environment"),
     "no mapping": (lambda run: (run / "result.json").write_text("[]"), "lacks data, seal, corrupt_training_images"),
     "cut off": (lambda run: (run / "result.json").write_text("{"), "result.json is damaged"),

@@ -164,3 +164,10 @@ def test_schedules_in_words(probs: list[float], words: str) -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(61.4, "61 seconds"), (4500, "75 minutes"), (90_000, "25.0 hours")])
 def test_times_in_words(seconds: float, words: str, measured: Measured) -> None:
     assert f"| training time | {words} |" in model_card(FACTS, dataclasses.replace(measured, training_s=seconds))
+
+
+def test_a_run_that_was_forced_is_not_said_to_be_made_by_its_recipe_alone(measured: Measured) -> None:
+    """Which values were others is not said: paths may be among them."""
+    plain, forced = (model_card(FACTS, dataclasses.replace(measured, forced=times)) for times in (0, 2))
+    assert "the last of several: resumed by force 2 times" in forced
+    assert "by force" not in plain

@@ -122,6 +122,7 @@ def test_every_entry_and_every_row_is_the_runs_or_the_models(write: Write, run: 
         "epochs": 2,
         "training_s": 15_000.0,
         "environment": result["environment"],
+        "forced": 0,
         "figures": {
             "best_epoch": result["best_epoch"],
             "val": {"split": "val", "percent": val, "images": 12},
