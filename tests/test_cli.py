@@ -31,6 +31,7 @@ from sdzoo.assets import pictures
 from sdzoo.cli import main
 from sdzoo.deploy import onnx_graph
 from sdzoo.registry import models
+from sdzoo.training.engine import Interrupted
 
 BUNDLED = "sd_resnet20.cifar10_jpeg"
 COMMANDS = ["list", "info", "train", "eval", "predict", "export", "bench", "demo"]
@@ -913,6 +914,21 @@ def test_dry_run_says_what_it_would_take_and_writes_nothing(capsys: Capture, tra
     assert "72.7% of constant depth" in said  # 29.5 of 40.5 million: facts of the 20-layer network, as sdzoo list
     assert said.endswith(f"next: sdzoo train {trained.recipe} --data-dir {data} -o {trained.folder}\n")
     assert "12 images to train on" in done(capsys, "train", trained.recipe, "--data-dir", data, "--dry-run")
+
+
+def test_what_was_forced_once_is_not_proposed_again(
+    capsys: Capture, trained: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But by a dry run, which changes nothing, it is."""
+    given = ["train", str(trained.recipe), "--data-dir", str(data), "-o", str(trained.folder), "--resume", "--force"]
+    assert "--resume --force\n" in done(capsys, *given, "--dry-run")
+
+    def stopped(*_: Any) -> Path:
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr("sdzoo.training.engine.train", stopped)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "some")
+    assert sdzoo_command(capsys, *given).err.endswith(f"-o {trained.folder} --resume\n")
 
 
 def test_recipes_are_listed_shown_and_copied(capsys: Capture, tmp_path: Path) -> None:

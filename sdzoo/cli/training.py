@@ -121,13 +121,14 @@ def _train(arguments: argparse.Namespace) -> None:
 def _this_command(arguments: argparse.Namespace, *more: str) -> str:
     """Return the command that started this process and the others of its run, with ``more`` and for real.
 
-    Without ``--force``: what it was to override is in the checkpoint by then, or it is to be asked for again.
+    Without the ``--force`` of a run that has begun: its checkpoint is the new run's.
     """
     from sdzoo.training.distributed import this_shard
 
-    given = [argument for argument in arguments.argv if argument not in (*more, "--dry-run", "--force")]
-    world = this_shard().world
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    dropped = ("--dry-run",) if arguments.dry_run else ("--force",)
+    given = [argument for argument in arguments.argv if argument not in (*more, *dropped)]
+    world, local = this_shard().world, os.environ.get("LOCAL_WORLD_SIZE", "")
+    here = int(local) if local.isdecimal() else world
     start = ["sdzoo"] if world == 1 else ["torchrun", f"--nproc-per-node={here}", "-m", "sdzoo"]
     command = shlex.join([*start, *given, *more])
     return command if here == world else f"{command} (with --nnodes and --rdzv-endpoint as before, on every machine)"

@@ -119,14 +119,15 @@ def this_shard() -> Shard:
     Raises:
         InputError: if the environment says half of it, or what cannot be.
     """
-    names = ("RANK", "WORLD_SIZE")
-    said = {name: os.environ[name] for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name in os.environ}
-    if not any(name in said for name in names):
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    said = {name: os.environ.get(name, "") for name in names}
+    if not (said["RANK"] or said["WORLD_SIZE"]):
         return Shard()
-    rank, world = (int(said[name]) if said.get(name, "").isdecimal() else -1 for name in names)
-    if not 0 <= rank < world or (world > 1 and len(said) < 4):
-        here = ", ".join(f"{name}={value}" for name, value in said.items())
-        raise InputError(f"the environment says {here}: no process of a run; torchrun sets these, or leave them unset")
+    rank, world, port = (int(said[name]) if said[name].isdecimal() else -1 for name in (*names[:2], "MASTER_PORT"))
+    meets = world == 1 or (said["MASTER_ADDR"] and 0 < port < 2**16)
+    if not (0 <= rank < world and meets):
+        here = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in said.items())
+        raise InputError(f"the environment has {here}: no process of a run; torchrun sets these, or leave them unset")
     return Shard(rank, world)
 
 

@@ -65,9 +65,7 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
     """
     recipe = _without_downloads(recipe)
     with lost_workers_named(), processes(device) as team, deterministic(team.device):
-        # A step takes as long at any learning rate, and weights that are not trained yet do not bear every one.
-        gentle = dataclasses.replace(recipe, lr=min(recipe.lr, 1e-6))
-        run = Run(gentle, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
+        run = Run(recipe, where_the_data_is(recipe, data_dir), RunFolder(Path()), team)
         trainer, data = run.trainer, run.training_data
         macs = count_macs(trainer.model, run.config["input_size"])
         warmup = recipe.sdzoo.survival_warmup_epochs / trainer.epochs  # over it, 1 - p rises from 0 in a straight line
@@ -75,9 +73,10 @@ def dry_run(recipe: Recipe, data_dir: str | Path | None, device: str | None = No
         relative += (1 - relative) * warmup / 2
         trainer.enter_epoch()
         count = min(WARM_UP_STEPS + MEASURED_STEPS, data.steps)
-        middle = trainer.epochs // 2  # where a survival warm-up is over
-        batches, seconds = data.epoch(middle), []
-        for number in range(middle * data.steps, middle * data.steps + count):
+        # There the survival warm-up is over, and the learning rate is one that weights not trained yet bear too.
+        last = trainer.epochs - 1
+        batches, seconds = data.epoch(last), []
+        for number in range(last * data.steps, last * data.steps + count):
             started = time.perf_counter()
             trainer.step(number, batches)
             seconds.append(time.perf_counter() - started)

@@ -162,6 +162,7 @@ class Run:
         self.environment = environment(recipe, team)
         self.trained_in: list[dict[str, Any]] = []
         self.forced: list[str] = []
+        self.force_is_new = False
         self.corrupt: dict[str, str] = {}
 
     def _evaluation_data(self, split: str, shard: Shard | None = None) -> EvaluationData:
@@ -198,6 +199,8 @@ class Run:
                 self.folder.write_recipe(self.recipe.to_yaml())
                 self.folder.write_log(self.rows)
                 self.step_log = StepLog(self.folder.steps, progress)
+                if self.force_is_new:  # the logs are no longer those that the checkpoint knows
+                    self._save_last()
                 stack.callback(self.step_log.close)
                 if self.comforts.tensorboard:
                     self.board = tensorboard_writer(self.folder.path, progress.step)
@@ -428,10 +431,10 @@ class Run:
         faults = self.identity.differences(rest, probs)
         best_epoch = rest["progress"]["best_epoch"]
         lost_best = bool(self.team.leads and best_epoch and not self.folder.best.is_file())
-        if lost_best:
-            faults.append(f"{self.folder.best.name}, the weights of epoch {best_epoch}, is gone")
-        if faults and not force:
-            raise InputError(f"{last} is from another run: {'; '.join(faults)}; --force goes on all the same")
+        lost = [f"{self.folder.best}, the weights of epoch {best_epoch}, is gone"] if lost_best else []
+        if (faults or lost) and not force:
+            other = [f"{last} is from another run: {'; '.join(faults)}"] if faults else []
+            raise InputError(f"{'; '.join(other + lost)}; --force goes on all the same, if epochs are left")
         self.trained_in = list(rest["environment"])
         if self.team.leads and (other := differences(self.trained_in[-1], self.environment)):
             print(f"not bit for bit from here on: {'; '.join(other)}", flush=True)
@@ -440,9 +443,9 @@ class Run:
         anew = self.trainer.restore({**rest, "state_dict": weights}, str(last))
         if self.team.leads and anew:
             print(f"not in {last}, starting anew: {', '.join(anew)}", flush=True)
-        self.progress, self.rows, self.forced = Progress(**progress), rows, list(rest["forced"])
-        if faults:
-            self._force(faults)
+        self.progress, self.rows, self.forced = Progress(**progress), rows, list(rest.get("forced", []))
+        if faults or lost:
+            self._force(faults + lost)
         self.corrupt = dict(rest.get("corrupt", {}))
         # Forced: there is no figure to compare with.
         if lost_best or rest.get("validation_data_sha256") != self.validation_data.fingerprint:
@@ -461,7 +464,8 @@ class Run:
             )
         self.forced.append(f"from epoch {done + 1} on: {'; '.join(faults)}")
         if self.team.leads:
-            print(f"another run {self.forced[-1]}", flush=True)
+            print(f"forced {self.forced[-1]}", flush=True)
+        self.force_is_new = True
 
 
 class _Timed:

@@ -115,13 +115,16 @@ class RunFolder:
 
 
 def _is_done(row: str, progress: Progress) -> bool:
-    """Return whether a row of the steps is of what is done; a run forced onto other data numbers its steps anew."""
+    """Return whether a row of the steps is of what is done.
+
+    A run that was forced onto other data counts its steps as if it had always had that: those beyond its count go.
+    """
     cells = row.split(",")
     if not (len(cells) == len(STEP_COLUMNS) and cells[0].isdecimal() and cells[1].isdecimal()):
         return False
     step, epoch = int(cells[0]), int(cells[1])
     begun = progress.step - progress.batch
-    return epoch <= progress.epoch or (epoch == progress.epoch + 1 and begun < step <= progress.step)
+    return step <= progress.step and (epoch <= progress.epoch or (epoch == progress.epoch + 1 and begun < step))
 
 
 class StepLog:

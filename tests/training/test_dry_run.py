@@ -172,4 +172,5 @@ def test_a_learning_rate_that_needs_its_warm_up_does_not_end_a_dry_run(
     image_folder: Path, make_recipe: MakeRecipe
 ) -> None:
     """What breaks untrained weights in the second step of a run is no reason not to say what the run would cost."""
-    assert dry_run(make_recipe(lr=1e30, warmup_epochs=1), image_folder, "cpu").steps == 8
+    falling: dict[str, Any] = {"lr": 1e30, "sched": "multistep", "decay_milestones": [1], "decay_rate": 1e-32}
+    assert dry_run(make_recipe(**falling), image_folder, "cpu").steps == 8

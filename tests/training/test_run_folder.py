@@ -180,7 +180,7 @@ def test_step_log_writes_rows_and_cuts_what_follows_the_checkpoint(tmp_path: Pat
     [
         pytest.param(Progress(epoch=1, step=4), [1, 2, 3, 4], id="an epoch is done"),
         pytest.param(Progress(epoch=1, step=6, batch=2), [1, 2, 3, 4, 5, 6], id="within the next"),
-        pytest.param(Progress(epoch=1, step=3), [1, 2, 3, 4], id="forced onto fewer steps an epoch"),
+        pytest.param(Progress(epoch=1, step=3), [1, 2, 3], id="forced onto fewer steps an epoch"),
         pytest.param(Progress(epoch=1, step=9), [1, 2, 3, 4], id="forced onto more"),
         pytest.param(Progress(), [], id="anew"),
     ],

@@ -50,7 +50,7 @@ def only_flips(recipe: Recipe) -> bool:
     """Return whether all that is random of ``recipe``'s transform are flips, which are then done to whole batches.
 
     timm's random crop is the whole picture at scale and ratio 1, or its largest square; of one that is almost square it
-    draws which rows or columns to leave out, and that is then drawn once, not in every epoch.
+    draws which rows or columns to leave out, and of a set that fits into memory that is drawn once, not in every epoch.
     """
     if recipe.no_aug or recipe.train_crop_mode not in (None, "rrc"):
         return False

@@ -309,6 +309,12 @@ def test_where_more_than_flips_is_random_pictures_are_transformed_one_by_one(mor
     assert torch.equal(augment(pixels, torch.arange(4), 0), normaliser(GREY["mean"], GREY["std"], CPU)(pixels))
 
 
+def test_without_augmentation_nothing_is_flipped() -> None:
+    pixels = torch.from_numpy(noise(9)).permute(0, 3, 1, 2)
+    augment = BatchAugmentation(recipe(**FLIPS | {"no_aug": True}), GREY, CPU, 9)
+    assert torch.equal(augment(pixels, torch.arange(9), 0), normaliser(GREY["mean"], GREY["std"], CPU)(pixels))
+
+
 @pytest.mark.parametrize("size", [32, 48])
 def test_no_aug_is_the_picture_scaled_to_the_models_size(tmp_path: Path, size: int) -> None:
     files = write_folder(tmp_path, count=4, size=size)
