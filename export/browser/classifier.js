@@ -6,8 +6,13 @@ const RUNTIME = new URL("runtime/", import.meta.url).href;
 
 /** Return the model in `folder`: its `card`, `labels`, `threads`, and `logits(file)` with the milliseconds they took. */
 export async function loadModel(folder) {
-  const card = parsed(await fetched(folder, "card.json"), "card.json");
-  if (card.format !== "sdzoo-1") throw new Error('card.json is not of the format "sdzoo-1".');
+  const content = await fetched(folder, "card.json");
+  const card = parsed(content, "card.json");
+  if (card?.format !== "sdzoo-1") throw new Error('card.json is not of the format "sdzoo-1".');
+  const unsealed = new TextDecoder().decode(content).replaceAll(card.seal, "0".repeat(64));
+  if ((await sha256(new TextEncoder().encode(unsealed))) !== card.seal)
+    throw new Error("card.json is damaged: its sha256 is not the seal in it.");
+  if (card.output.name !== "logits") throw new Error("This model has no classifier, so there are no labels to show.");
   if (!card.file.endsWith(".onnx")) throw new Error(`A browser runs what sdzoo export --to onnx wrote, not ${card.file}.`);
   const [labels, model] = await Promise.all(["labels.json", card.file].map((name) => checked(folder, name, card)));
   const { ort, session } = await start(model);
@@ -39,11 +44,14 @@ async function fetched(folder, name) {
 
 async function checked(folder, name, card) {
   const content = await fetched(folder, name);
+  if ((await sha256(content)) === card.files[name]) return content;
+  throw new Error(`${name} is damaged: its sha256 is not the one in card.json.`);
+}
+
+async function sha256(content) {
   if (!crypto.subtle) throw new Error("A browser checks files only on pages from https or from 127.0.0.1.");
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
-  const sha256 = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (sha256 !== card.files[name]) throw new Error(`${name} is damaged: its sha256 is not the one in card.json.`);
-  return content;
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 function parsed(content, name) {

@@ -162,8 +162,9 @@ function roundHalfToEven(x) {
   return x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x);
 }
 
-/** Return the probabilities of `logits`. */
+/** Return the probabilities of `logits`, which must be finite. */
 export function softmax(logits) {
+  if (!logits.every(Number.isFinite)) throw new Error("The model gives values that are not finite: it is damaged or untrained.");
   const best = Math.max(...logits);
   const odds = Array.from(logits, (logit) => Math.exp(logit - best));
   const sum = odds.reduce((total, value) => total + value, 0);

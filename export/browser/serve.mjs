@@ -2,7 +2,7 @@
 
 import { createReadStream, existsSync, statSync } from "node:fs";
 import { createServer } from "node:http";
-import { dirname, extname, join, resolve, sep } from "node:path";
+import { dirname, extname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
 const TYPES = {
@@ -15,6 +15,10 @@ const TYPES = {
   ".onnx": "application/octet-stream",
   ".wasm": "application/wasm",
 };
+const SERVED = new RegExp(
+  "^(index\\.html|style\\.css|(page|classifier|pictures)\\.js|demo/\\w+\\.jpg|runtime/[\\w.-]+\\.(mjs|wasm)" +
+    "|model/((card|labels)\\.json|model\\.onnx))$",
+);
 const HEADERS = {
   // Together these two let WebAssembly use several threads.
   "Cross-Origin-Opener-Policy": "same-origin",
@@ -35,12 +39,11 @@ if (!existsSync(join(folder, "card.json"))) fail(`${folder} holds no card.json; 
 if (!existsSync(join(KIT, "runtime"))) fail("onnxruntime-web is not here yet; run: node fetch.mjs");
 if (!/^\d{1,5}$/.test(port) || Number(port) > 65535) fail(`the port is ${port}; a number from 0 to 65535 is allowed`);
 
-/** Return the file that `path` of a URL names, or nothing: only files of the page and of the model are served. */
+/** Return the file that `path` of a URL names, or nothing: only what the page asks for is served. */
 function fileOf(path) {
-  const [root, inside] = path.startsWith("/model/") ? [folder, path.slice("/model".length)] : [KIT, path];
-  const file = resolve(root, `.${inside === "/" ? "/index.html" : inside}`);
-  const served = file.startsWith(resolve(root) + sep) && !file.includes("node_modules") && extname(file) in TYPES;
-  return served && existsSync(file) && statSync(file).isFile() ? file : undefined;
+  const name = path === "/" ? "index.html" : path.slice(1);
+  const file = name.startsWith("model/") ? join(folder, name.slice("model/".length)) : join(KIT, name);
+  return SERVED.test(name) && existsSync(file) && statSync(file).isFile() ? file : undefined;
 }
 
 const server = createServer((request, response) => {

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +22,61 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB"}
 MIN_SIDE = 8
 MAX_PIXELS = 64_000_000
-KEYS = ("model", "file", "files", "input", "output", "preprocessing")
+KEYS = ("model", "file", "files", "input", "output", "preprocessing", "seal")
 
 # Pillow warns of pictures from 89 megapixels on; the limit here is lower, and refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def read_card(folder: str | Path) -> dict[str, Any]:
-    """Return the card of an exported folder, with the list in ``labels.json`` as ``labels``.
+def read_sealed(folder: str | Path, changed: Collection[str] = ()) -> dict[str, Any]:
+    """Return the card of an exported folder, whose files are what it says.
+
+    Args:
+        folder: What ``sdzoo export`` wrote.
+        changed: Names of files that are not compared, because they were changed on purpose.
 
     Raises:
-        ValueError: if ``folder`` is no exported folder, or one of its files is missing, damaged (by its sha256) or
-            without sha256.
+        ValueError: if ``folder`` is no exported folder, or its card or one of its files is missing, damaged (by its
+            sha256) or without sha256.
     """
-    folder = Path(folder)
+    path = Path(folder) / "card.json"
     try:
-        card = json.loads((folder / "card.json").read_bytes())
+        content = path.read_bytes()
+        card = json.loads(content)
     except OSError:
         raise ValueError(f"{folder} holds no card.json; name a folder that `sdzoo export` wrote") from None
-    except ValueError:
-        raise ValueError(f"{folder / 'card.json'} is damaged: it is not JSON") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is not JSON") from None
     if not isinstance(card, dict) or card.get("format") != "sdzoo-1":
-        raise ValueError(f'{folder / "card.json"} is not of the format "sdzoo-1"')
+        raise ValueError(f'{path} is not of the format "sdzoo-1"')
     if missing := [key for key in KEYS if key not in card]:
-        raise ValueError(f"{folder / 'card.json'} is damaged: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    seal = str(card["seal"]).encode(errors="replace")
+    if hashlib.sha256(content.replace(seal, b"0" * 64)).hexdigest().encode() != seal:
+        raise ValueError(f"{path} is damaged: its sha256 is not the seal in it")
     if unnamed := sorted({card["file"], "labels.json"} - set(card["files"])):
-        raise ValueError(f"{folder / 'card.json'} is damaged: it has no sha256 of {', '.join(unnamed)}")
+        raise ValueError(f"{path} is damaged: it has no sha256 of {', '.join(unnamed)}")
     for name, sha256 in card["files"].items():
-        try:
-            content = (folder / name).read_bytes()
-        except OSError:
-            raise ValueError(f"{folder / name} is missing, which card.json names") from None
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f"{folder / name} is damaged: its sha256 is not the one in card.json")
+        file = path.parent / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, which card.json names")
+        if file.name not in changed and hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{file} is damaged: its sha256 is not the one in card.json")
+    return card
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """Return the card of an exported folder whose model classifies pictures, with ``labels.json`` as ``labels``.
+
+    Raises:
+        ValueError: as :func:`read_sealed`; or if the model has no classifier, or pictures are not cut as here.
+    """
+    card = read_sealed(folder)
+    if (output := card["output"]["name"]) != "logits":
+        raise ValueError(f"{folder} gives {output}: its model has no classifier, so there are no labels to name")
     if (crop_mode := card["preprocessing"]["crop_mode"]) != "center":
         raise ValueError(f'crop_mode is "{crop_mode}"; these pictures are only cut out of the "center"')
-    return card | {"labels": json.loads((folder / "labels.json").read_bytes())}
+    return card | {"labels": json.loads((Path(folder) / "labels.json").read_bytes())}
 
 
 def open_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -121,6 +141,12 @@ def _resized(size: tuple[int, int], wanted: tuple[int, int], crop_pct: float) ->
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the probabilities along the last axis."""
+    """Return the probabilities along the last axis.
+
+    Raises:
+        ValueError: if what the model gave is not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise ValueError("the model gives values that are not finite: it is damaged or untrained")
     odds = np.exp(np.asarray(logits, np.float64) - np.max(logits, axis=-1, keepdims=True))
     return odds / odds.sum(axis=-1, keepdims=True)

@@ -18,6 +18,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from pictures import read_sealed
+
 PR_SET_PDEATHSIG = 1
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
@@ -67,8 +69,6 @@ def end_with_parent() -> None:
 
 def serve(repository: Path, host: str, ports: dict[str, int], others: list[str]) -> int:
     """Run tritonserver until it ends and return its exit code; it ends with this process."""
-    if not repository.is_dir():
-        raise ValueError(f"{repository} is not a folder; name one that `sdzoo export --to triton` wrote")
     for port in ports.values():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -97,8 +97,11 @@ if __name__ == "__main__":
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     for name, port in PORTS.items():
         parser.add_argument(f"--{name}-port", type=int, default=port, help="default: %(default)s")
+    parser.add_argument("--own-config", action="store_true", help="config.pbtxt was changed on purpose")
     given, unknown = parser.parse_known_args()
     try:
+        if read_sealed(given.folder, ["config.pbtxt"] * given.own_config)["target"] != "triton":
+            raise ValueError(f"{given.folder} is not what `sdzoo export --to triton` wrote")
         chosen = {name: getattr(given, f"{name}_port") for name in PORTS}
         sys.exit(serve(given.folder / "model_repository", given.host, chosen, unknown))
     except ValueError as error:

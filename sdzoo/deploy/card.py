@@ -10,7 +10,7 @@ from typing import Any
 
 from sdzoo.deploy.precision import MAX_DROP_POINTS
 from sdzoo.description import check_description
-from sdzoo.digest import file_sha256
+from sdzoo.digest import BLANK, file_sha256, seal_holds, sealed
 from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 
@@ -20,7 +20,7 @@ NOT_RUN = "not run"
 # With what a proof compared.
 MODEL, FLOAT32_FILE = "the model that was trained", "the fp32 ONNX file of the model that was trained"
 TARGETS = ("onnx", "tensorrt", "triton")
-ENGINE_SUFFIX = ".engine"
+ENGINE_SUFFIX, UNVERIFIED_SUFFIX = ".engine", ".unverified.engine"
 # What is read of the entries that are mappings.
 ENTRIES = {
     "input": ("name", "dtype", "shape"),
@@ -65,6 +65,7 @@ class Card:
         engine: What a TensorRT engine is tied to.
         backend: What computes at the target, where there is a choice.
         served_by: What computes where it is served, and that this was not compared; None if it is what was compared.
+        seal: The sha256 of the card itself, with zeros in this place.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Card:
     backend: str | None = None
     served_by: str | None = None
     format: str = FORMAT
+    seal: str = field(default=BLANK, compare=False)
 
     @property
     def compared(self) -> str:
@@ -140,9 +142,10 @@ class Card:
         """Write the card into ``folder``: for programs as ``card.json``, for people as ``README.md``."""
         optional = ("engine", "backend", "served_by")
         entries = {name: value for name, value in asdict(self).items() if name not in optional or value is not None}
-        for name, text in ((README, self._readme()), (CARD, json.dumps(entries, indent=1) + "\n")):
+        card = sealed((json.dumps(entries | {"seal": BLANK}, indent=1) + "\n").encode())
+        for name, content in ((README, self._readme().encode()), (CARD, card)):
             with atomic_path(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_bytes(content)
 
     @property
     def _reference(self) -> str:
@@ -177,16 +180,18 @@ def read_card(folder: str | Path) -> Card:
     """Return the card of an exported folder, whose files are what it says.
 
     Raises:
-        InputError: if there is none, it is not sdzoo's, or a file is missing, damaged, or outside the folder.
+        InputError: if there is none, it is not sdzoo's, or it or a file is missing, damaged, or outside the folder.
     """
     folder = Path(folder)
     path = folder / CARD
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        card = Card(**entries)
+        content = path.read_bytes()
+        card = Card(**json.loads(content.decode()))
+        if card.format == FORMAT and not seal_holds(content, str(card.seal)):
+            raise InputError("its sha256 is not the seal in it")
     except FileNotFoundError:
         raise InputError(f"{folder} is no exported folder: it has no {CARD}") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # InputError is a ValueError
         raise InputError(f"{path} is damaged or of another version of sdzoo: {error}") from None
     _check(card, path)
     for name, digest in card.files.items():
@@ -237,6 +242,10 @@ def _check(card: Card, path: Path) -> None:
         raise InputError(f'{path} is damaged: target "{card.target[:80]}" is unknown; known: {", ".join(TARGETS)}')
     if isinstance(card.engine, dict) != card.file.endswith(ENGINE_SUFFIX):
         raise InputError(f"{path} is damaged: {card.file[:80]} and what it says of an engine do not fit")
+    if card.engine is not None and card.verified == card.file.endswith(UNVERIFIED_SUFFIX):
+        raise InputError(
+            f"{path} is damaged: {card.file[:80]} and its parity do not fit: *{UNVERIFIED_SUFFIX} is {NOT_RUN}"
+        )
     if card.file not in card.files:
         raise InputError(f"{path} names {card.file} but not its sha256")
     for name in card.files:

@@ -56,7 +56,7 @@ def load_predictor(
     elif not path.is_file():
         raise InputError(f"{path} does not exist")
     if path.suffix != ENGINE_SUFFIX:
-        return _onnx(path, provider, threads, convert)
+        return _onnx(path, card, provider, threads, convert)
     if card is None:
         if not (path.parent / CARD).is_file():
             raise InputError(f"{path} has no {CARD} beside it, which says how to feed it and what it was built for")
@@ -92,7 +92,7 @@ def _engine(path: Path, card: Card, provider: str, threads: int | None, convert:
     )
 
 
-def _onnx(path: Path, provider: str, threads: int | None, convert: bool) -> Predictor:
+def _onnx(path: Path, card: Card | None, provider: str, threads: int | None, convert: bool) -> Predictor:
     require("onnxruntime")
     session = open_session(path, provider, threads)
     about = session.get_modelmeta()
@@ -100,6 +100,8 @@ def _onnx(path: Path, provider: str, threads: int | None, convert: bool) -> Pred
     if not is_ours:
         return _foreign(session, path)
     metadata = _metadata(session, path)
+    if card is not None:
+        _check_alike(card, metadata, path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     size, in_graph = metadata["input_size"], metadata["preprocess"] == "in-graph"
     shape = [*size[1:], size[0]] if in_graph else size
@@ -127,6 +129,14 @@ def _onnx(path: Path, provider: str, threads: int | None, convert: bool) -> Pred
         in_graph=in_graph,
         weights_sha256=str(metadata["weights_sha256"]),
     )
+
+
+def _check_alike(card: Card, metadata: dict[str, Any], path: Path) -> None:
+    """Check that the card beside a file, by which others feed it, says what the file itself says."""
+    said = card.preprocessing | {"preprocess": card.preprocessing["where"], "precision": card.precision}
+    for name, value in said.items():
+        if name in metadata and metadata[name] != value:
+            raise InputError(f"{path}: its {name} is {metadata[name]}, its {CARD} says {value}")
 
 
 def _foreign(session: Any, path: Path) -> Predictor:

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sdzoo.deploy.card import UNVERIFIED_SUFFIX
 from sdzoo.deploy.tensorrt_builder import RTX_TARGETS, EngineFacts, Flavour, find_flavour, find_gpu, logger
 from sdzoo.errors import InputError
 from sdzoo.extras import MissingExtra
 
 ENGINE = "model.engine"
-UNVERIFIED = "model.unverified.engine"  # parity was not run
+UNVERIFIED = f"model{UNVERIFIED_SUFFIX}"  # parity was not run
 
 Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 
@@ -42,7 +43,7 @@ def load_engine(path: str | Path, facts: Mapping[str, Any], rebuild: str, prove:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    if path.name.endswith(".unverified.engine") and prove is not None:
+    if path.name.endswith(UNVERIFIED_SUFFIX) and prove is not None:
         raise InputError(
             f"{path} was never compared with the model it was built from: on a machine with the GPU that it is for, "
             f"run {prove}"

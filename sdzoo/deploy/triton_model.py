@@ -5,6 +5,7 @@ One call of ``execute`` holds all the requests that Triton batched; they are com
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,11 @@ class TritonPythonModel:
     """Runs the ONNX file that lies beside this one."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the file; cores are shared evenly among the instances, which otherwise wait for each other."""
+        """Load the file; cores are shared evenly among the instances, which otherwise wait for each other.
+
+        Raises:
+            ValueError: if it is damaged; Triton then does not serve it.
+        """
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import
         import onnxruntime
 
@@ -28,6 +33,9 @@ class TritonPythonModel:
         options.intra_op_num_threads = max(1, len(os.sched_getaffinity(0)) // instances)
         file = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        seal = self.session.get_modelmeta().custom_metadata_map.get("file_sha256", "").strip('"').encode()
+        if not seal or hashlib.sha256(file.read_bytes().replace(seal, b"0" * 64)).hexdigest().encode() != seal:
+            raise ValueError(f"{file} is damaged: its sha256 is not the one in its metadata")
         self.input, self.output = config["input"][0]["name"], config["output"][0]["name"]
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cards import put_card, save_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import LABELS
@@ -26,11 +27,6 @@ def entries_of(folder: Path) -> dict[str, Any]:
 def folder(onnx_folder: Path, tmp_path: Path) -> Path:
     """Return a copy that a test may damage."""
     return Path(shutil.copytree(onnx_folder, tmp_path / "out"))
-
-
-def put(folder: Path, **changed: Any) -> Path:
-    (folder / "card.json").write_text(json.dumps(entries_of(folder) | changed), encoding="utf-8")
-    return folder
 
 
 def refused(folder: Path) -> str:
@@ -51,8 +47,9 @@ def test_a_card_is_read_as_it_was_written(onnx_folder: Path, tmp_path: Path) -> 
     card.write(tmp_path)
     assert read_card(tmp_path) == card
     engine = dataclasses.replace(card, engine={"version": "11", "targets": []}, parity=NOT_RUN, tag="cifar10")
-    engine = dataclasses.replace(engine, file="m.engine", files=card.files | {"m.engine": hashlib.sha256().hexdigest()})
-    (tmp_path / "m.engine").touch()
+    name = "m.unverified.engine"
+    engine = dataclasses.replace(engine, file=name, files=card.files | {name: hashlib.sha256().hexdigest()})
+    (tmp_path / name).touch()
     engine.write(tmp_path)
     assert read_card(tmp_path) == engine
 
@@ -151,6 +148,58 @@ def test_card_that_is_a_folder(folder: Path) -> None:
     refused(folder)
 
 
+def test_the_seal_is_the_sha256_of_the_card_with_zeros_in_its_place(onnx_folder: Path) -> None:
+    content = (onnx_folder / "card.json").read_bytes()
+    seal = entries_of(onnx_folder)["seal"]
+    assert hashlib.sha256(content.replace(seal.encode(), b"0" * 64)).hexdigest() == seal
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("0.4914", "4.4914"), ('"bilinear"', '"bicubic"'), ('"seal": "', '"seal": "0'), ('"seal"', '"tag"')],
+)
+def test_a_changed_card(folder: Path, old: str, new: str) -> None:
+    text = (folder / "card.json").read_text()
+    assert old in text
+    (folder / "card.json").write_text(text.replace(old, new, 1))
+    says = f"{folder}/card.json is damaged or of another version of sdzoo: its sha256 is not the seal in it"
+    assert refused(folder) == says
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"seal": 5}, "damaged or"),
+        ({"seal": None}, "damaged or"),
+        ({"seal": ""}, "damaged or"),
+        ({"seal": "\ud800"}, "damaged or"),
+        ({"format": "sdzoo-2"}, "is of another version of sdzoo: its format is 'sdzoo-2'"),
+    ],
+)
+def test_a_card_with_another_seal(folder: Path, changed: dict[str, Any], says: str) -> None:
+    (folder / "card.json").write_text(json.dumps(entries_of(folder) | changed))
+    assert says in refused(folder)
+
+
+def test_a_flipped_bit_anywhere_in_a_card_is_seen(folder: Path) -> None:
+    content = (folder / "card.json").read_bytes()
+    for index in range(0, len(content), 17):
+        damaged = bytearray(content)
+        damaged[index] ^= 1 << index % 8
+        (folder / "card.json").write_bytes(damaged)
+        refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("parity", "name"),
+    [(NOT_RUN, "m.engine"), ({"inputs": "x", "images": 1, "max_abs_diff": 0, "allowed": 1}, "m.unverified.engine")],
+)
+def test_an_engine_is_named_by_whether_it_was_compared(folder: Path, parity: Any, name: str) -> None:
+    (folder / name).touch()
+    put_card(folder, file=name, engine={}, parity=parity, files=digests(folder))
+    assert f"{name} and its parity do not fit: *.unverified.engine is not run" in refused(folder)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "labels.json"])
 def test_a_changed_file(folder: Path, name: str) -> None:
     content = bytearray((folder / name).read_bytes())
@@ -173,7 +222,7 @@ def test_names_that_lead_out_of_the_folder_or_nowhere(folder: Path, name: str, a
     secret = folder.parent / "secret"
     secret.write_bytes(b"secret")
     digest = hashlib.sha256(b"secret").hexdigest()
-    put(folder, files=entries_of(folder)["files"] | {name: digest}, **({"file": name} if as_model else {}))
+    put_card(folder, files=entries_of(folder)["files"] | {name: digest}, **({"file": name} if as_model else {}))
     message = refused(folder)
     if "secret" in name or "passwd" in name:
         assert "which is outside the folder" in message
@@ -202,21 +251,21 @@ def test_names_that_lead_out_of_the_folder_or_nowhere(folder: Path, name: str, a
     ],
 )
 def test_entries_that_no_export_wrote(folder: Path, changed: dict[str, Any], says: str) -> None:
-    assert says in refused(put(folder, **changed))
+    assert says in refused(put_card(folder, **changed))
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("mean", [1, 2]), ("std", [1, 1, 0]), ("where", "nowhere"), ("crop_pct", -1), ("std", None)]
 )
 def test_preprocessing_that_no_export_wrote(folder: Path, name: str, value: Any) -> None:
-    put(folder, preprocessing=entries_of(folder)["preprocessing"] | {name: value})
+    put_card(folder, preprocessing=entries_of(folder)["preprocessing"] | {name: value})
     assert f"it describes its model wrongly: {'preprocess' if name == 'where' else name} is" in refused(folder)
 
 
 @pytest.mark.parametrize("content", ["[]]", "5", '["a"]', "[1, 2, 3, 4, 5, 6, 7, 8, 9, 0]", '{"a": 1}'])
 def test_labels_that_are_not_the_classes(folder: Path, content: str) -> None:
     (folder / "labels.json").write_text(content)
-    card = read_card(put(folder, files=digests(folder)))
+    card = read_card(put_card(folder, files=digests(folder)))
     with pytest.raises(InputError, match=r"labels\.json is damaged"):
         read_labels(folder, card)
 
@@ -224,7 +273,7 @@ def test_labels_that_are_not_the_classes(folder: Path, content: str) -> None:
 def test_labels_that_the_card_does_not_list(folder: Path) -> None:
     files = {name: digest for name, digest in digests(folder).items() if name != "labels.json"}
     with pytest.raises(InputError, match=r"card\.json does not list labels\.json"):
-        read_labels(folder, read_card(put(folder, files=files)))
+        read_labels(folder, read_card(put_card(folder, files=files)))
 
 
 VALUES = st.recursive(
@@ -267,7 +316,7 @@ def test_any_change_is_read_or_refused(
             within.pop(name, None)
         else:
             within[name] = data.draw(VALUES)
-    (folder / "card.json").write_text(json.dumps(entries), encoding="utf-8")
+    save_card(folder, entries)
     read_or_refused(folder)
 
 

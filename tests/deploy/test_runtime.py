@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import timm
+from cards import put_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -132,6 +133,23 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, onnx_folder: Path) -> None:
     folder = Path(shutil.copytree(onnx_folder, tmp_path / "out"))
     (folder / "labels.json").write_text("[]")
     assert "labels.json is damaged: its sha256 is not the one in card.json" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mean", [4.4914, 0.4822, 0.4465]), ("std", [1.0, 1.0, 1.0]), ("input_size", [3, 33, 32]), ("where", "in-graph")],
+)
+def test_a_card_and_a_file_that_say_different_things(tmp_path: Path, onnx_folder: Path, name: str, value: Any) -> None:
+    folder = Path(shutil.copytree(onnx_folder, tmp_path / "out"))
+    said = json.loads((folder / "card.json").read_text())["preprocessing"]
+    put_card(folder, preprocessing=said | {name: value})
+    assert f"model.onnx: its {'preprocess' if name == 'where' else name} is " in (message := refused(folder))
+    assert message.endswith(f", its card.json says {value}")
+
+
+def test_a_card_of_another_precision(tmp_path: Path, onnx_folder: Path) -> None:
+    folder = put_card(Path(shutil.copytree(onnx_folder, tmp_path / "out")), precision="fp16")
+    assert "model.onnx: its precision is fp32, its card.json says fp16" in refused(folder)
 
 
 def test_an_engine_without_its_card(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from nets import Net, close, random_images
@@ -341,10 +342,26 @@ def python_model(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
-    config = {"input": [{"name": "images"}], "output": [{"name": "logits"}], "instance_group": [{"count": 2}]}
-    arguments = {"model_repository": str(tmp_path), "model_version": "1", "model_config": json.dumps(config)}
-    model.initialize(arguments)
+    model.initialize(arguments(tmp_path))
     return model
+
+
+def arguments(folder: Path) -> dict[str, str]:
+    config = {"input": [{"name": "images"}], "output": [{"name": "logits"}], "instance_group": [{"count": 2}]}
+    return {"model_repository": str(folder), "model_version": "1", "model_config": json.dumps(config)}
+
+
+def test_a_damaged_file_is_not_served(python_model: Any, exported: Path, tmp_path: Path) -> None:
+    proto = onnx.load(exported)
+    weights = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weights.raw_data = bytes([weights.raw_data[0] ^ 1]) + weights.raw_data[1:]
+    entries = list(proto.metadata_props)
+    for metadata in (entries, [entry for entry in entries if entry.key != "file_sha256"]):
+        del proto.metadata_props[:]
+        proto.metadata_props.extend(metadata)
+        onnx.save(proto, tmp_path / "1" / "model.onnx")
+        with pytest.raises(ValueError, match=r"model\.onnx is damaged: its sha256 is not the one in its metadata"):
+            python_model.initialize(arguments(tmp_path))
 
 
 @pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [2, 1, 5]])

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
-from exported import KITS, export_folder, load_file
+from exported import KITS, export_folder, load_file, not_finite, without_classifier
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -219,9 +219,12 @@ def test_types_and_headers(address: str, path: str, mime: str) -> None:
     [
         *("/absent.js", "/model/", "/README.md", "/demo", "/%", "/model/..%2fcard.json", "//", "/node_modules/x.js"),
         *("/..%2f..%2fetc/passwd", "/model/..%2f..%2f..%2fetc/hosts", "/%00.js", "/node_modules/long/package.json"),
+        *("/serve.mjs", "/fetch.mjs", "/package.json", "/package-lock.json", "/model/secret.json", "/model/other.onnx"),
     ],
 )
-def test_nothing_else_is_served(address: str, path: str) -> None:
+def test_nothing_else_is_served(address: str, folder: Path, path: str) -> None:
+    for name in ("secret.json", "other.onnx"):
+        (folder / name).touch()
     assert request(address, path).status == 404
     assert request(address, "/").status == 200
 
@@ -403,6 +406,8 @@ def test_file_that_is_no_usable_picture(page: Chromium, tmp_path: Path, folder: 
         ("card.json", None, "There is no model here: model/card.json was not found (404)"),
         ("card.json", b"{", "card.json is damaged"),
         ("card.json", b"{}", 'card.json is not of the format "sdzoo-1"'),
+        ("card.json", b"null", 'card.json is not of the format "sdzoo-1"'),
+        ("card.json", b'{"format": "sdzoo-1"}', "card.json is damaged: its sha256 is not the seal in it"),
         ("model.onnx", None, "model/model.onnx was not found (404)"),
         ("model.onnx", b"x", "model.onnx is damaged: its sha256 is not the one in card.json"),
         ("labels.json", b"[]", "labels.json is damaged: its sha256 is not the one in card.json"),
@@ -418,6 +423,32 @@ def test_model_that_is_missing_or_damaged(
             (own_folder / file).write_bytes(content)
         chromium.open(url, ERROR)
         assert said in chromium.evaluate("document.getElementById('error').textContent")
+
+
+@needs_chromium
+def test_card_that_was_changed(chromium: Chromium, kit: Path, own_folder: Path) -> None:
+    text = (own_folder / "card.json").read_text()
+    (own_folder / "card.json").write_text(text.replace("0.4914", "4.4914"))
+    with served(kit, own_folder) as url:
+        chromium.open(url, ERROR)
+        said = chromium.evaluate("document.getElementById('error').textContent")
+    assert said == "card.json is damaged: its sha256 is not the seal in it."
+
+
+@needs_chromium
+def test_model_without_classifier(chromium: Chromium, kit: Path, tmp_path: Path) -> None:
+    with served(kit, without_classifier(tmp_path / "out")) as url:
+        chromium.open(url, ERROR)
+        assert "has no classifier" in chromium.evaluate("document.getElementById('error').textContent")
+
+
+@needs_chromium
+def test_values_that_are_not_finite(chromium: Chromium, kit: Path, own_folder: Path) -> None:
+    with served(kit, not_finite(own_folder)) as url:
+        chromium.open(url, READY)
+        chromium.evaluate("document.querySelector('button[value=cat]').click()")
+        chromium.wait(ERROR)
+        assert "values that are not finite" in chromium.evaluate("document.getElementById('error').textContent")
 
 
 @needs_chromium

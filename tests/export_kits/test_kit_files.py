@@ -52,6 +52,14 @@ def test_table_of_kits_names_each_folder() -> None:
     assert [folder.name for folder in FOLDERS if f"]({folder.name}/" not in table] == []
 
 
+def test_lines_of_the_smallest_kit_are_as_many_as_the_table_says() -> None:
+    said = re.findall(r"(\d+) (?:lines )?of `([\w.]+)`", (KITS / "README.md").read_text(encoding="utf-8"))
+    assert len(said) == 3
+    for count, name in said:
+        (file,) = (KITS / "onnxruntime").rglob(name)
+        assert len(file.read_text(encoding="utf-8").splitlines()) == int(count), name
+
+
 def test_demo_pictures_of_the_page_are_those_of_sdzoo() -> None:
     page = (KITS / "browser" / "index.html").read_text(encoding="utf-8")
     for name, picture in pictures().items():

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from exported import KITS, export_folder, load_file
+from cards import put_card, save_card
+from exported import KITS, export_folder, load_file, not_finite, without_classifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -106,8 +107,7 @@ def test_damaged_or_missing_file(own_folder: Path, name: str) -> None:
     ],
 )
 def test_card_that_is_not_for_this_kit(own_folder: Path, change: dict[str, Any], said: str) -> None:
-    card = json.loads((own_folder / "card.json").read_text())
-    (own_folder / "card.json").write_text(json.dumps(card | change))
+    put_card(own_folder, **change)
     assert said in refused(own_folder, "x.jpg")
 
 
@@ -117,10 +117,42 @@ def test_damaged_card(own_folder: Path, content: str, said: str) -> None:
     assert said in refused(own_folder, "x.jpg")
 
 
+@pytest.mark.parametrize(("old", "new"), [("0.4914", "4.4914"), ('"seal": "', '"seal": "\\ud800')])
+def test_changed_card(own_folder: Path, old: str, new: str) -> None:
+    text = (own_folder / "card.json").read_text()
+    assert old in text
+    (own_folder / "card.json").write_text(text.replace(old, new, 1))
+    assert "card.json is damaged: its sha256 is not the seal in it" in refused(own_folder, "x.jpg")
+
+
+def test_model_without_classifier(tmp_path: Path) -> None:
+    assert "gives features: its model has no classifier" in refused(without_classifier(tmp_path / "out"), "x.jpg")
+
+
+def test_values_that_are_not_finite(own_folder: Path) -> None:
+    assert "values that are not finite" in refused(not_finite(own_folder), demo_pictures()["cat"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_softmax_of_values_that_are_not_finite(value: float) -> None:
+    with pytest.raises(ValueError, match="values that are not finite: it is damaged or untrained"):
+        pictures.softmax(np.array([[0, 1], [value, 0]], np.float32))
+
+
+def test_files_that_were_changed_on_purpose(own_folder: Path) -> None:
+    (own_folder / "labels.json").write_text("[]")
+    assert pictures.read_sealed(own_folder, ["labels.json"])["file"] == "model.onnx"
+    with pytest.raises(ValueError, match=r"labels\.json is damaged"):
+        pictures.read_sealed(own_folder, ["model.onnx"])
+    (own_folder / "labels.json").unlink()
+    with pytest.raises(ValueError, match=r"labels\.json is missing"):
+        pictures.read_sealed(own_folder, ["labels.json"])
+
+
 def test_card_without_an_entry(own_folder: Path) -> None:
     card = json.loads((own_folder / "card.json").read_text())
     del card["output"]
-    (own_folder / "card.json").write_text(json.dumps(card))
+    save_card(own_folder, card)
     assert "it lacks output" in refused(own_folder, "x.jpg")
 
 

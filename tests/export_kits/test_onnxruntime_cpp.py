@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exported import KITS, export_folder, load_file
+from exported import KITS, export_folder, load_file, not_finite
 from PIL import Image
 
 from sdzoo.assets import pictures as demo_pictures
@@ -99,6 +99,8 @@ def test_wrong_input(program: Path, folder: Path, tmp_path: Path) -> None:
 def test_model_that_it_cannot_run(program: Path, folder: Path, tmp_path: Path) -> None:
     client = export_folder(tmp_path / "client")
     assert "export it with --preprocess in-graph" in refused(program, client, demo_pictures()["cat"])
+    broken = not_finite(Path(shutil.copytree(folder, tmp_path / "broken")))
+    assert "values that are not finite" in refused(program, broken, demo_pictures()["cat"])
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
     (damaged / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:1000])
     refused(program, damaged, demo_pictures()["cat"])

@@ -38,7 +38,8 @@ from sdzoo.images import normalise, resizer
 if importlib.util.find_spec("ray") is None:  # importing it here would turn its warnings into errors
     pytest.skip("no Ray: pip install -r export/ray_serve/requirements.txt", allow_module_level=True)
 
-from exported import export_folder
+from cards import put_card
+from exported import export_folder, without_classifier
 from ray_server import JPEG, JSON, KIT, PNG, Server, eventually, processes, serving
 
 
@@ -326,17 +327,13 @@ def damaged(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(content)
 
 
-def edited(folder: Path, **changes: Any) -> None:
-    card = json.loads((folder / "card.json").read_text())
-    (folder / "card.json").write_text(json.dumps(card | changes))
-
-
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], "holds no card.json"),
     "damaged": (damaged, "model.onnx is damaged: its sha256"),
     "a file short": (lambda folder: (folder / "labels.json").unlink(), "labels.json is missing"),
-    "an engine": (lambda folder: edited(folder, file="labels.json"), "holds labels.json; this kit serves"),
-    "no sha256": (lambda folder: edited(folder, files={}), "no sha256 of labels.json, model.onnx"),
+    "an engine": (lambda folder: put_card(folder, file="labels.json"), "holds labels.json; this kit serves"),
+    "no classifier": (without_classifier, "its model has no classifier"),
+    "no sha256": (lambda folder: put_card(folder, files={}), "no sha256 of labels.json, model.onnx"),
 }
 
 

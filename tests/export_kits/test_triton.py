@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,13 +23,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from exported import load_file
+from cards import put_card
+from exported import export_folder, load_file, without_classifier
 from nets import close
 from numpy.typing import NDArray
 from triton_server import KIT, Server, errors_of, running
 
 import sdzoo
 from sdzoo.assets import pictures as demo_pictures
+from sdzoo.deploy.card import digests
 from sdzoo.deploy.predictor import model_predictor
 from sdzoo.deploy.triton import write_repository
 
@@ -142,11 +145,12 @@ def test_the_onnxruntime_configuration_is_good_to_the_last_step(
 def test_a_bad_configuration_is_refused_earlier(
     tmp_path: Path, folder: Path, card: dict[str, Any], pattern: str, other: str, said: str
 ) -> None:
-    model = write_repository(tmp_path / "model_repository", "net", folder / card["file"], card)
-    text = (model / "config.pbtxt").read_text()
-    assert pattern in text
-    (model / "config.pbtxt").write_text(text.replace(pattern, other))
-    errors = errors_of(tmp_path, tmp_path / "log")
+    out = Path(shutil.copytree(folder, tmp_path / "out", ignore=shutil.ignore_patterns("model_repository")))
+    config = write_repository(out / "model_repository", "net", folder / card["file"], card) / "config.pbtxt"
+    assert pattern in config.read_text()
+    config.write_text(config.read_text().replace(pattern, other))
+    put_card(out, file="model_repository/net/1/model.onnx", files=digests(out))
+    errors = errors_of(out, tmp_path / "log")
     assert not any("unable to find backend library" in line for line in errors)
     assert said in (tmp_path / "log").read_text()
 
@@ -205,10 +209,13 @@ def test_concurrent_requests_are_batched_and_each_gets_its_own_answer(
 
 
 def test_instances_work_side_by_side(tmp_path: Path, folder: Path, card: dict[str, Any]) -> None:
-    model = folder / card["file"]
-    write_repository(tmp_path / "model_repository", card["model"], model, card, backend="python", instances=2)
+    """As README.md says: `count` in the configuration, which is then the user's own."""
+    out = Path(shutil.copytree(folder, tmp_path / "out"))
+    config = out / "model_repository" / card["model"] / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", "count: 2"))
+    assert "config.pbtxt is damaged: its sha256" in refused(out)
     images = noise(card, 32)
-    with running(tmp_path, tmp_path / "log") as server:
+    with running(out, tmp_path / "log", "--own-config") as server:
         equal(reference(card, folder, images), ask_at_once(server, card, images))
         assert len(re.findall("TRITONBACKEND_ModelInstanceInitialize", server.log.read_text())) == 2
 
@@ -326,8 +333,7 @@ def test_the_client_sends_no_more_pictures_at_once_than_the_model_takes(server: 
 def test_the_client_says_what_is_wrong(server: Server, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     cat = demo_pictures()["cat"]
-    unsealed = Path(shutil.copytree(folder, tmp_path / "unsealed"))
-    (unsealed / "card.json").write_text(json.dumps(json.loads((folder / "card.json").read_text()) | {"files": {}}))
+    unsealed = put_card(Path(shutil.copytree(folder, tmp_path / "unsealed")), files={})
     for asked, arguments, code, said in (
         (folder, [tmp_path / "empty.jpg"], 2, "empty.jpg is not a picture"),
         (tmp_path, [cat], 2, "holds no card.json"),
@@ -354,10 +360,49 @@ def test_a_port_in_use_is_said(server: Server, folder: Path) -> None:
     assert done.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
-def test_a_folder_without_repository_is_said(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, KIT / "serve.py", tmp_path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "model_repository is not a folder" in done.stderr
+def refused(*arguments: str | Path) -> str:
+    """Return why serve.py does not start tritonserver: one line."""
+    command = [sys.executable, KIT / "serve.py", *arguments, "--http-port=1"]  # a port that would be refused later
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_a_folder_of_another_kind_is_said(tmp_path: Path) -> None:
+    assert "holds no card.json" in refused(tmp_path)
+    assert "is not what `sdzoo export --to triton` wrote" in refused(export_folder(tmp_path / "onnx"))
+
+
+@pytest.mark.parametrize("name", ["1/model.onnx", "1/model.py", "config.pbtxt", "labels.txt"])
+def test_a_damaged_file_is_not_served(tmp_path: Path, folder: Path, card: dict[str, Any], name: str) -> None:
+    out = Path(shutil.copytree(folder, tmp_path / "out"))
+    file = out / "model_repository" / card["model"] / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert f"{name} is damaged: its sha256 is not the one in card.json" in refused(out)
+    file.unlink()
+    assert f"{name} is missing" in refused(out, "--own-config")
+
+
+def test_a_changed_card_is_not_served(tmp_path: Path, folder: Path) -> None:
+    out = Path(shutil.copytree(folder, tmp_path / "out"))
+    text = (out / "card.json").read_text()
+    (out / "card.json").write_text(text.replace("0.4914", "4.4914"))
+    assert "card.json is damaged: its sha256 is not the seal in it" in refused(out)
+
+
+def test_features_are_served_but_not_named(tmp_path: Path) -> None:
+    out = without_classifier(tmp_path / "out", "triton", "python")
+    image = np.zeros((1, 3, 32, 32), np.float32)
+    with running(out, tmp_path / "log") as server:
+        sealed = pictures.read_sealed(out)
+        with contextlib.closing(server.connection()) as connection:
+            assert client.infer(connection, sealed, image).shape == (1, 64)
+        done = run_client(server, out, demo_pictures()["cat"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "gives features: its model has no classifier" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -78,10 +78,10 @@ def free_ports() -> dict[str, int]:
     return ports
 
 
-def start(folder: Path, log: Path) -> Server:
+def start(folder: Path, log: Path, *options: str) -> Server:
     """Start the kit's serve.py on ``folder``, with SIGINT ignored, as a shell starts what it is given with ``&``."""
     ports = free_ports()
-    command = [*IGNORING, sys.executable, KIT / "serve.py", folder]
+    command = [*IGNORING, sys.executable, KIT / "serve.py", folder, *options]
     command += [f"--{name}-port={port}" for name, port in ports.items()]
     with log.open("w") as file:
         process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, start_new_session=True)
@@ -89,9 +89,9 @@ def start(folder: Path, log: Path) -> Server:
 
 
 @contextlib.contextmanager
-def running(folder: Path, log: Path, seconds: float = 120) -> Iterator[Server]:
+def running(folder: Path, log: Path, *options: str, seconds: float = 120) -> Iterator[Server]:
     """Yield a server that is ready, and end it; ``seconds`` is for machines that are very busy."""
-    one = start(folder, log)
+    one = start(folder, log, *options)
     deadline = time.monotonic() + seconds
     try:
         while not one.is_ready():
