@@ -78,7 +78,7 @@ def demo(
     draw_report(
         folder / "report.png",
         f"{MODEL}: ten real pictures",
-        f"ONNX Runtime ({exported.provider}) equals PyTorch on these, eight ways each: {parity}",
+        f"ONNX Runtime ({exported.provider}) equals PyTorch on these, eight ways each:\n{parity}",
         files,
         dict(zip(files, theirs, strict=True)),
         timings,

@@ -54,7 +54,7 @@ class Parity:
         return dataclasses.asdict(self) | {"batch_sizes": list(self.batch_sizes)}
 
     def __str__(self) -> str:
-        text = f"max |difference| {self.max_abs_diff:.2g} of {self.allowed:.2g} allowed"
+        text = f"|difference| {self.max_abs_diff:.2g} of {self.allowed:.2g} allowed in the batch nearest its limit"
         if self.top1_equal or self.top1_below_margin:  # else the output is no logits
             text += f", top-1 equal on {self.top1_equal} of {self.images} images"
         if self.top1_below_margin:

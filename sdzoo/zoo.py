@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sdzoo import weights
+from sdzoo.deploy.card import CARD
 from sdzoo.errors import InputError
 from sdzoo.hub.load import load_hub
 from sdzoo.hub.source import FOLDER, HUB
@@ -116,9 +117,10 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
         )
     if published:
         return load_hub(name_or_file)
-    if Path(name_or_file).name != name_or_file:
-        raise InputError(f"{name_or_file} is neither a file nor a model")
-    check_name(name_or_file)
+    try:
+        check_name(name_or_file)
+    except InputError as error:
+        raise InputError(_no_model(name_or_file, str(error))) from None
     model = name_or_file.partition(".")[0]
     pretrained = any(need_weights or weights.path(f"{model}.{tag}").is_file() for tag in tags(model))
     if need_weights and not pretrained:
@@ -132,3 +134,11 @@ def open_model(name_or_file: str, arch: str | None = None, need_weights: bool = 
     except OSError as error:
         said = " ".join(str(error).split())
         raise OSError(f"the weights of {name_or_file} cannot be fetched from the Hub: {said}") from None
+
+
+def _no_model(name: str, unknown: str) -> str:
+    if not name or not Path(name).is_dir():
+        return f'there is no file or folder "{name}", and {unknown}'
+    if (Path(name) / CARD).is_file():
+        return f"{name} is an exported folder; name the model or the checkpoint that it came from"
+    return f"{name} is a folder; name a model or a checkpoint"

@@ -29,7 +29,8 @@ import sdzoo
 from sdzoo import weights
 from sdzoo.assets import pictures
 from sdzoo.cli import main
-from sdzoo.deploy import onnx_graph
+from sdzoo.deploy import onnx_graph, runtime
+from sdzoo.errors import InputError
 from sdzoo.registry import models
 from sdzoo.training.engine import Interrupted
 
@@ -449,12 +450,28 @@ def test_predict_never_takes_another_provider(capsys: Capture, exported: Path, p
     ],
 )
 @pytest.mark.parametrize(
-    "command", [("predict", CAT), ("eval", "sd_resnet20.cifar10_jpeg", "--data-dir", ".")], ids=str
+    "command", [("predict", CAT), ("eval", BUNDLED, "--data-dir", "."), ("bench", BUNDLED)], ids=lambda words: words[0]
 )
 def test_a_provider_that_the_model_cannot_have(
     capsys: Capture, command: tuple[object, ...], provider: str, says: str
 ) -> None:
     assert says in refused(capsys, *command, "--provider", provider)
+
+
+@pytest.mark.parametrize("kind", ["PyTorch", "exported", "data"])
+def test_threads_are_those_asked_for(
+    capsys: Capture, exported: Path, data: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[Any] = []
+    load = runtime.load_predictor
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: asked.append(number))
+    monkeypatch.setattr(runtime, "load_predictor", lambda *given: asked.append(given[2]) or load(*given))
+    model = BUNDLED if kind == "PyTorch" else exported
+    argv = ["eval", model, "--data-dir", data] if kind == "data" else ["predict", CAT, "--model", model]
+    sdzoo_command(capsys, *argv, "--threads", 1)
+    assert asked[0] == 1
+    for number, says in ((100_000, "threads is 100000; on this machine 1 to"), (0, "0 is not a number of at least 1")):
+        assert says in refused(capsys, *argv, "--threads", number)
 
 
 @pytest.mark.parametrize("command", ["predict", "eval"])
@@ -593,7 +610,9 @@ def test_checkpoint_that_does_not_say_its_model(capsys: Capture, tmp_path: Path)
 
 def test_export_says_what_it_verified_and_the_next_command(capsys: Capture, tmp_path: Path) -> None:
     out = done(capsys, "export", "sd_resnet20", "-o", tmp_path / "model.onnx")
-    assert re.search(r"^verified: max \|difference\| \S+ of \S+ allowed, top-1 equal on 80 of 80 images", out, re.M)
+    assert re.search(
+        r"^verified: \|difference\| \S+ of \S+ allowed in the batch .*, top-1 equal on 80 of 80 images", out, re.M
+    )
     following = re.search(r"^next: sdzoo (predict IMAGE --model .*)$", out, re.M)
     assert following
     done(capsys, *(CAT if word == "IMAGE" else word for word in shlex.split(following[1])))
@@ -609,7 +628,7 @@ def test_export_into_a_folder_and_verify(capsys: Capture, tmp_path: Path, data: 
     assert following
     assert "cat 99." in done(capsys, *(CAT if word == "IMAGE" else word for word in shlex.split(following[1])))
     for a, b in ((BUNDLED, folder), (f"folded:{BUNDLED}", folder / "model.onnx"), (folder, BUNDLED)):
-        assert "passed: max |difference|" in done(capsys, "verify", a, b)
+        assert "passed: |difference|" in done(capsys, "verify", a, b)
     (folder / "model.onnx").write_bytes(b"damaged")
     assert "is damaged: its sha256" in refused(capsys, "predict", CAT, "--model", folder)
 
@@ -632,7 +651,7 @@ def test_a_strangers_file_is_warned_of_on_one_line(capsys: Capture, exported: Pa
     foreign.producer_name = "other"
     onnx.save(foreign, str(tmp_path / "x.onnx"))
     said = sdzoo_command(capsys, "verify", BUNDLED, tmp_path / "x.onnx")
-    assert (said.code, "passed: max |difference|" in said.out) == (0, True)
+    assert (said.code, "passed: |difference|" in said.out) == (0, True)
     assert re.fullmatch(r"warning: .*x\.onnx has no metadata of sdzoo's: [^\n]+\n", said.err)
 
 
@@ -679,6 +698,26 @@ def test_export_of_an_onnx_file_says_that_it_is_one(capsys: Capture, exported: P
     assert "ONNX" in message.replace(str(exported), "")
 
 
+def test_a_folder_is_no_model(capsys: Capture, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that is called like weights that there are not; nor is a model a folder that is called so."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "folder", "sd_resnet20.folder", "sd_resnet32", "deep/folder"):
+        Path(name).mkdir(parents=True)
+        if name != "plain":
+            Path(name, "card.json").touch()
+    for argv in (["export", "-o", "x.onnx"], ["bench"]):
+        for name in ("folder", "sd_resnet20.folder", "deep/folder", tmp_path / "folder"):
+            says = f"{name} is an exported folder; name the model or the checkpoint that it came from"
+            assert says in refused(capsys, argv[0], name, *argv[1:])
+        assert "plain is a folder; name a model or a checkpoint" in refused(capsys, argv[0], "plain", *argv[1:])
+    assert "sd_resnet32 has no weights" in refused(capsys, "export", "sd_resnet32", "-o", "x.onnx")
+
+
+def test_what_is_neither_a_model_nor_there(capsys: Capture, exported: Path, tmp_path: Path) -> None:
+    for argv in (["verify", exported, "nothing"], ["export", "nothing", "-o", tmp_path / "x"], ["bench", "nothing"]):
+        assert 'there is no file or folder "nothing", and "nothing" is not a model' in refused(capsys, *argv)
+
+
 def test_export_that_fails_its_verification_exits_with_1(
     capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -720,7 +759,7 @@ def test_missing_extra(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Monk
 # bench, demo
 
 
-FEW = ("--samples", 2, "--threads", "1", "--batch", "1,3")
+FEW = ("--samples", 2, "--threads", "1", "--batch", "1,3", "--provider", "cpu")
 
 
 def test_bench_prints_one_table_and_writes_it(capsys: Capture, tmp_path: Path) -> None:
@@ -737,6 +776,25 @@ def test_bench_prints_one_table_and_writes_it(capsys: Capture, tmp_path: Path) -
     assert sorted(os.listdir(tmp_path)) == ["now.csv", "now.png", "now.svg"]
     out = done(capsys, "bench", "--compare", tmp_path / "now.csv", tmp_path / "now.csv")
     assert len(re.findall("1.00", out)) >= 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "gpu", "device"), [((), False, "cpu"), ((), True, "cuda"), (("--provider", "cpu"), True, "cpu")]
+)
+def test_bench_takes_a_gpu_where_there_is_one(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], gpu: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda _, where: where)
+    timed: list[str] = []
+
+    def benchmark(where: str, *_: Any, **__: Any) -> None:
+        timed.append(where)
+        raise InputError("enough")
+
+    monkeypatch.setattr("sdzoo.deploy.benchmark.benchmark", benchmark)
+    refused(capsys, "bench", BUNDLED, *argv)
+    assert timed == [device]
 
 
 def test_bench_of_a_model_without_weights_says_so(capsys: Capture) -> None:

@@ -101,8 +101,12 @@ def test_every_picture_is_in_the_table_with_both_answers(ran: Ran) -> None:
 def test_what_was_verified_is_said(ran: Ran) -> None:
     text = "\n".join(ran.lines)
     assert "sd_resnet20.cifar10_jpeg" in text
-    assert re.search(r"^folding: max \|difference\| \S+ of \S+ allowed, top-1 equal on 84 of 84 images", text, re.M)
-    assert re.search(r"^exporting .*model\.onnx: max \|difference\| \S+ of \S+ allowed", text, re.M)
+    assert re.search(
+        r"^folding: \|difference\| \S+ of \S+ allowed in the batch .*, top-1 equal on 84 of 84 images",
+        text,
+        re.M,
+    )
+    assert re.search(r"^exporting .*model\.onnx: \|difference\| \S+ of \S+ allowed", text, re.M)
 
 
 def test_latencies_of_all_three_at_both_batch_sizes(ran: Ran) -> None:

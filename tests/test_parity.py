@@ -152,6 +152,7 @@ def test_figures_are_of_the_batch_that_came_closest_to_its_limit() -> None:
     others = [out + torch.tensor([[0.0, diff]]) for out, diff in zip(outputs, (1.0, 100.0, 1.5), strict=True)]
     parity = compare(constant(*outputs), constant(*others), [torch.zeros(1, 1)] * 3, 1.0)
     assert (parity.max_abs_diff, parity.allowed, parity.max_abs_reference) == (1.5, 2.0, 2.0)
+    assert str(parity).startswith("|difference| 1.5 of 2 allowed in the batch nearest its limit, top-1 ")
 
 
 def test_every_batch_counts() -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdzoo.cli.parser import Commands, numbers, positive, words
-from sdzoo.cli.predictor import BUNDLED, model_options, open_operand, open_predictor, warnings_on_one_line
+from sdzoo.cli.predictor import (
+    BUNDLED,
+    model_options,
+    open_operand,
+    open_predictor,
+    torch_device,
+    warnings_on_one_line,
+)
 from sdzoo.errors import InputError
 from sdzoo.extras import require
 
@@ -61,6 +68,9 @@ def add_commands(commands: Commands) -> None:
     added.add_argument("--targets", type=words, help="separated by commas (default: all that can run here)")
     added.add_argument("--batch", type=numbers, default=(1, 8, 32, 128), help="images a call (default: 1,8,32,128)")
     added.add_argument("--threads", type=numbers, default=(1, 2), help="within one operator (default: 1,2)")
+    added.add_argument(
+        "--provider", default="auto", help="where all compute: auto (a GPU if there is one), cpu or cuda"
+    )
     added.add_argument("--samples", type=positive, default=20, help="timed calls a row; p99 from 500 (default: 20)")
     added.add_argument("--images", metavar="DIR", help="real pictures to compare on, by class also for top-1")
     added.add_argument("--calibration", metavar="DIR", help="at least 256 other pictures, for int8")
@@ -149,6 +159,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     if arguments.output:
         require("matplotlib")  # rather now than after the measurement
+    device = torch_device(arguments)
     model = open_model(arguments.model, arguments.arch, need_weights=False)
     published = arguments.model.startswith((HUB, FOLDER))
     if not published and not Path(arguments.model).is_file() and not summarise(arguments.model).bundled:
@@ -157,7 +168,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         calibrate_batchnorm(model, [normalised(default_images(config).read(range(17)), config)])
     print(f"timing {arguments.model}, {arguments.samples} calls a row", flush=True)
     rows = benchmark(
-        model,
+        model.to(device),
         arguments.targets,
         arguments.batch,
         arguments.threads,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdzoo.cli.parser import positive
 from sdzoo.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def model_options(added: argparse.ArgumentParser, runs: bool) -> None:
         added.add_argument(
             "--provider", default="auto", help="auto (a GPU if it can), cpu or cuda; for ONNX also tensorrt"
         )
+        added.add_argument("--threads", type=positive, metavar="N", help="within one operator (default: the runtime's)")
 
 
 def is_exported(name: str) -> bool:
@@ -40,15 +42,21 @@ def open_predictor(arguments: argparse.Namespace) -> Predictor:
     Raises:
         InputError: as opening it does, or if the provider is none of PyTorch's for a model that it computes.
     """
+    import torch
+
     from sdzoo.deploy.predictor import model_predictor
     from sdzoo.deploy.runtime import load_predictor
+    from sdzoo.deploy.session import check_threads
     from sdzoo.zoo import open_model
 
     convert = getattr(arguments, "convert", False)
     if is_exported(arguments.model):
         with warnings_on_one_line():
-            return load_predictor(arguments.model, arguments.provider, convert=convert)
+            return load_predictor(arguments.model, arguments.provider, arguments.threads, convert)
     device = torch_device(arguments)
+    if arguments.threads:
+        check_threads(arguments.threads)
+        torch.set_num_threads(arguments.threads)
     return model_predictor(open_model(arguments.model, arguments.arch).to(device), convert)
 
 

@@ -55,7 +55,7 @@ def benchmark(
     to rest.
 
     Args:
-        model: A stochastic-depth model in evaluation mode; left alone. Where its weights are is where it is timed.
+        model: A stochastic-depth model in evaluation mode; left alone. Where its weights are, all targets are timed.
         targets: Of ``eager``, ``folded``, ``folded-channels-last``, ``onnx``, ``onnx-fp16``, ``onnx-int8``,
             ``openvino``, ``tensorrt``; default: those that can run here.
         batch_sizes: Images a call.
@@ -83,9 +83,9 @@ def benchmark(
     config = input_config(model)
     pictures = default_images(config) if images is None else images_of(images, config)
     pictures.check_classes(labels_of(model), int(model.num_classes))  # type: ignore[arg-type]
-    given = Given(pictures, images, calibration, onnx, max_drop)
-    chosen = choose(targets, given)
     provider = "cuda" if next(model.parameters()).is_cuda else "cpu"
+    given = Given(pictures, images, calibration, onnx, max_drop, provider)
+    chosen = choose(targets, given)
     name, reference = _name(model), remembered(model_predictor(model).pixels)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="sdzoo-bench-") as folder:

@@ -32,9 +32,10 @@ class Row:
         file_mb: What is shipped: the ONNX file, the engine, or what ``torch.save`` writes; in 10^6 bytes.
         peak_memory_mib: The most that the target's process held in memory so far, in smaller batches too, above what it
             held before it opened the model; None where the system does not say, and on a GPU.
-        parity: How far its outputs are from the eager model's, in the process that was timed.
+        parity: How far its outputs are from the eager model's, in the process that was timed and the batch that comes
+            nearest its limit.
         parity_limit: How far they may be.
-        parity_kind: ``logits``: ``parity`` is their largest difference; ``top1_loss_points``: what top-1 loses.
+        parity_kind: ``logits``: ``parity`` is their difference; ``top1_loss_points``: what top-1 loses.
         top1_percent: On the images given, None if they have no labels.
     """
 
@@ -96,17 +97,19 @@ def spread(milliseconds: Sequence[float]) -> Spread:
 def as_text(rows: Sequence[Row]) -> str:
     """Return ``rows`` as a table for a terminal, below a line that says what they have in common."""
     titles = ["target", "threads", "batch", "median ms", "quartiles ms", "p99 ms", "images/s", "file MB", "peak MiB"]
-    lines = [[*titles, "parity", "top-1 %", "provider"]]
+    shared = list(dict.fromkeys(row.device for row in rows))
+    if differ := len(shared) > 1:
+        shared = []
+    lines = [[*titles, "parity", "top-1 %", "provider", *["device"] * differ]]
     for row in rows:
         quartiles = f"{row.lower_quartile_ms:.2f} - {row.upper_quartile_ms:.2f}"
         cells = [row.target, f"{row.threads}", f"{row.batch_size}", f"{row.median_ms:.2f}", quartiles]
         cells += [_or_dash(row.p99_ms, 2), f"{row.images_per_s:.0f}", f"{row.file_mb:.2f}"]
         cells += [_or_dash(row.peak_memory_mib, 0), row.compared, _or_dash(row.top1_percent, 2), row.provider]
-        lines.append(cells)
-    shared = ", ".join(dict.fromkeys(row.device for row in rows))
+        lines.append([*cells, *[row.device] * differ])
     runtimes = ", ".join(dict.fromkeys(row.runtime for row in rows))
-    head = f"{rows[0].model}, {rows[0].input_size}, {rows[0].samples} samples; {shared}; {runtimes}"
-    return "\n".join([head, *aligned(lines, left=(0, len(lines[0]) - 1))])
+    head = "; ".join([f"{rows[0].model}, {rows[0].input_size}, {rows[0].samples} samples", *shared, runtimes])
+    return "\n".join([head, *aligned(lines, left=(0, len(titles) + 2, len(titles) + 3))])
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:

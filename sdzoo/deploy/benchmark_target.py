@@ -18,6 +18,7 @@ from torch import nn
 from sdzoo.deploy.precision import check_images
 from sdzoo.deploy.predictor import Predictor, model_predictor
 from sdzoo.deploy.runtime import load_predictor
+from sdzoo.deploy.session import PROVIDERS
 from sdzoo.deploy.tensorrt_builder import RTX_TARGETS, find_flavour, find_gpu
 from sdzoo.deploy.verification import Images
 from sdzoo.errors import InputError, nearest
@@ -77,6 +78,7 @@ class Given:
         calibration: A folder of other pictures, for int8.
         onnx: The model's fp32 ONNX file, if there is one already.
         max_drop: Top-1 that int8 may lose, in points.
+        provider: Where the model is, and all targets compute: ``cpu`` or ``cuda``.
     """
 
     images: Images
@@ -84,6 +86,7 @@ class Given:
     calibration: str | Path | None
     onnx: str | Path | None
     max_drop: float
+    provider: str = "cpu"
 
 
 def choose(targets: Sequence[str] | None, given: Given) -> list[str]:
@@ -112,11 +115,16 @@ def choose(targets: Sequence[str] | None, given: Given) -> list[str]:
 def why_not(target: str, given: Given) -> str | None:
     """Return what ``target`` lacks here, None if it can run."""
     if target == "tensorrt":
-        return _why_no_tensorrt()
+        elsewhere = None if given.provider == "cuda" else "computes on a GPU, the model on the CPU (--provider cuda)"
+        return _why_no_tensorrt() or elsewhere
     if target.startswith(("onnx", "openvino")) and missing("onnx"):
         return 'needs pip install "sdzoo[onnx]"'
     if target == "openvino" and importlib.util.find_spec("openvino") is None:
         return 'needs pip install "sdzoo[openvino]"'
+    if given.provider == "cuda" and target == "openvino":
+        return "computes on the CPU, the model on a GPU (--provider cpu)"
+    if given.provider == "cuda" and target.startswith("onnx") and not _has_cuda_provider():
+        return 'needs the CUDA provider (pip uninstall onnxruntime; pip install "sdzoo[onnx-gpu]"), or --provider cpu'
     if target == "onnx-int8" and given.calibration is None:
         return "needs at least 256 pictures to calibrate on, other ones than the images (--calibration DIR)"
     try:
@@ -124,6 +132,10 @@ def why_not(target: str, given: Given) -> str | None:
     except InputError as error:
         return f"cannot be judged: {error}"
     return None
+
+
+def _has_cuda_provider() -> bool:
+    return PROVIDERS["cuda"] in importlib.import_module("onnxruntime").get_available_providers()
 
 
 def _why_no_tensorrt() -> str | None:

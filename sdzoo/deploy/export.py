@@ -109,7 +109,7 @@ def possible() -> str:
 
 def _backend(target: str, backend: str | None) -> str:
     if target not in BACKENDS:
-        raise InputError(f'target "{target}" is unknown; possible: {possible()}{nearest(target, BACKENDS)}')
+        raise InputError(f'target "{target}" is unknown; possible: {possible()}{nearest(str(target), BACKENDS)}')
     if backend is not None and backend not in BACKENDS[target]:
         raise InputError(f'{target} with "{backend}" is not possible; possible: {possible()}')
     require("onnx", "onnxruntime")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdzoo import __version__, weights
 from sdzoo.deploy.card import FORMAT
 from sdzoo.deploy.precision import MAX_DROP_POINTS, check_images, check_max_drop, check_precision, judge
-from sdzoo.deploy.verification import Images, check_apart, default_images, images_of, normalised
+from sdzoo.deploy.verification import DIGITS, Images, check_apart, default_images, images_of, normalised
 from sdzoo.digest import BLANK, sealed, state_sha256
 from sdzoo.errors import InputError, ParityError, nearest
 from sdzoo.extras import require
@@ -59,7 +59,7 @@ class Settings:
         if self.preprocess not in PREPROCESSING:
             raise InputError(
                 f'preprocess "{self.preprocess}" is unknown; known: {", ".join(PREPROCESSING)}'
-                f"{nearest(self.preprocess, PREPROCESSING)}"
+                f"{nearest(str(self.preprocess), PREPROCESSING)}"
             )
         if self.precision == "int8" and None in (self.images, self.calibration):
             raise InputError(
@@ -170,8 +170,12 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
 
         assert settings.calibration is not None
         progress(f"calibrating on {settings.calibration}")
-        proto = quantize(proto, settings.preset, _calibration(settings.calibration, config))
-        notes = {"preset": settings.preset}
+        pictures, chosen = _calibration(settings.calibration, config)
+        batches = (chosen[start : start + 32] for start in range(0, len(chosen), 32))
+        inputs = (normalised(pictures.read(batch), config).numpy() for batch in batches)
+        proto = quantize(proto, settings.preset, inputs)
+        digests = sorted(pictures.digests[index][:DIGITS] for index in chosen)
+        notes = {"preset": settings.preset, "calibration": digests}
     if settings.preprocess == "in-graph":  # last, so that it stays in float32 at any precision
         proto = with_preprocessing(proto, config)
     proto.producer_name = "sdzoo"  # the quantiser puts its own
@@ -231,21 +235,22 @@ def verification_images(settings: Settings, model: nn.Module) -> Images:
     images = default_images(config) if settings.images is None else images_of(settings.images, config)
     images.check_classes(labels_of(model), int(model.num_classes))  # type: ignore[arg-type]
     check_images(settings.precision, images)
-    if settings.images is not None and settings.calibration is not None:
-        check_apart(settings.calibration, settings.images)
+    if settings.calibration is not None:
+        check_apart(settings.calibration, images)
     return images
 
 
-def _calibration(folder: str | Path, config: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
-    """Yield pictures of ``folder``, evenly spread over it, normalised, in batches."""
+def _calibration(folder: str | Path, config: dict[str, Any]) -> tuple[Images, list[int]]:
+    """Return the pictures of ``folder``, and which calibrate: evenly spread over it, of copies one."""
     from sdzoo.deploy.quantize import LEAST_IMAGES
 
     images = images_of(folder, config)
-    if len(images) < LEAST_IMAGES:
-        raise InputError(f"{folder} holds {len(images)} images; int8 is calibrated on at least {LEAST_IMAGES}")
-    chosen = np.linspace(0, len(images) - 1, min(CALIBRATION_IMAGES, len(images))).round().astype(int).tolist()
-    for start in range(0, len(chosen), 32):
-        yield normalised(images.read(chosen[start : start + 32]), config).numpy()
+    if images.distinct < LEAST_IMAGES:
+        held = f"{folder} holds {len(images)} images{images.copies}"
+        raise InputError(f"{held}; int8 is calibrated on at least {LEAST_IMAGES}")
+    last = dict(zip(images.digests, range(len(images)), strict=True)).values()  # of each content
+    spread = np.linspace(0, len(last) - 1, min(CALIBRATION_IMAGES, len(last))).round().astype(int)
+    return images, np.array(sorted(last))[spread].tolist()
 
 
 def _feed(settings: Settings, config: dict[str, Any]) -> Callable[[Tensor], NDArray[np.generic]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 from sdzoo.deploy.verification import Images
 from sdzoo.errors import InputError, nearest
 from sdzoo.parity import Accuracy, Compute, Parity, compare, compare_accuracy
@@ -16,30 +18,34 @@ def check_precision(precision: str) -> None:
     """Raise InputError unless ``precision`` is one of ``PRECISIONS``."""
     if precision not in PRECISIONS:
         raise InputError(
-            f'precision "{precision}" is unknown; known: {", ".join(PRECISIONS)}{nearest(precision, PRECISIONS)}'
+            f'precision "{precision}" is unknown; known: {", ".join(PRECISIONS)}{nearest(str(precision), PRECISIONS)}'
         )
 
 
 def check_max_drop(points: float) -> None:
     """Raise InputError unless ``points`` of top-1 can be lost: 0 to 100."""
-    if not 0 <= points <= 100:  # NaN is not
+    if not isinstance(points, Real) or not 0 <= points <= 100:  # NaN is not
         raise InputError(f"max_drop is {points}; it is in points of top-1, 0 to 100")
 
 
 def check_images(precision: str, images: Images) -> None:
-    """Check that ``images`` can judge ``precision``: fp16 on at least 1000 real ones, int8 on 200 labelled ones.
+    """Check that ``images`` can judge ``precision``: fp16 on at least 1000 real ones, int8 on 200 labelled ones,
+    copies counted once.
 
     Raises:
         InputError: saying what is missing.
     """
-    if precision == "fp16" and (len(images) < HALF_LEAST_IMAGES or images.made):
+    if precision == "fp32":
+        return
+    if precision == "fp16" and (images.distinct < HALF_LEAST_IMAGES or images.made):
         raise InputError(
-            f"fp16 is compared on at least {HALF_LEAST_IMAGES} real images (--images DIR); given are {images.origin}"
+            f"fp16 is compared on at least {HALF_LEAST_IMAGES} real images (--images DIR); "
+            f"given are {images.origin}{images.copies}"
         )
-    if precision == "int8" and (images.labels is None or len(images) < INT8_LEAST_IMAGES):
+    if precision == "int8" and (images.labels is None or images.distinct < INT8_LEAST_IMAGES):
         raise InputError(
             f"int8 is judged by top-1, on at least {INT8_LEAST_IMAGES} images in class folders (--images DIR); "
-            f"given are {images.origin}"
+            f"given are {images.origin}{images.copies}"
         )
 
 

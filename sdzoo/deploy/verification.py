@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sdzoo.images import normalise, open_image, resizer
 
 LARGEST_BATCH = 64
 BATCH_SIZES = (1, 2, 17, LARGEST_BATCH)
+DIGITS = 16  # of a picture's sha256, where an int8 file says what calibrated it
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Images:
         names: What errors call each.
         classes: The class folders that they come from, if any.
         labels: The class of each by number, None where it is not known.
+        root: The folder of the files ``names``, None of pictures that are no files.
     """
 
     origin: str
@@ -41,9 +44,32 @@ class Images:
     classes: tuple[str, ...] = ()
     labels: Tensor | None = None
     made: bool = False
+    root: Path | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """Return the sha256 of each file, of pictures that are no files none.
+
+        Raises:
+            InputError: naming one that cannot be read.
+        """
+        try:
+            return [file_sha256(self.root / name) for name in self.names] if self.root else []
+        except OSError as error:
+            raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+
+    @property
+    def distinct(self) -> int:
+        """Return how many there are, copies of a file counted once."""
+        return len(set(self.digests)) or len(self)
+
+    @property
+    def copies(self) -> str:
+        """Return what to add to a count of them where some are copies."""
+        return f", {self.distinct} of them distinct" if self.distinct < len(self) else ""
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return uint8 ``(len(indices), C, H, W)``."""
@@ -138,19 +164,30 @@ def images_of(folder: str | Path, config: dict[str, Any]) -> Images:
         return resize(open_image(root / found.files[index], in_chans, convert=True))
 
     labels = torch.tensor(found.labels) if found.classes else None
-    return Images(f"{len(found.files)} pictures of {root.name}", found.files, read, found.classes, labels)
+    return Images(f"{len(found.files)} pictures of {root.name}", found.files, read, found.classes, labels, root=root)
 
 
-def check_apart(calibration: str | Path, images: str | Path) -> None:
-    """Check that no picture is in both folders, by its bytes: what calibrates must not be what judges.
+def check_apart(calibration: str | Path, images: Images) -> None:
+    """Check that none of ``images`` is in the folder ``calibration``, by its bytes: what calibrates must not judge.
 
     Raises:
         InputError: naming one that is.
     """
-    judging = {file_sha256(Path(images, file)): file for file in read_image_folder(Path(images), False).files}
+    judging = dict(zip(images.digests, images.names, strict=False))
     for file in read_image_folder(Path(calibration), False).files:
         if same := judging.get(file_sha256(Path(calibration, file))):
-            raise InputError(f"{calibration}/{file} is also {images}/{same}: calibrate on other images than judge")
+            raise InputError(f"{calibration}/{file} is also {images.root}/{same}: calibrate on other images than judge")
+
+
+def check_unseen(images: Images, calibrated_on: Collection[str], what: object) -> None:
+    """Check that none of ``images`` calibrated ``what``, by the first digits of their sha256, ``calibrated_on``.
+
+    Raises:
+        InputError: naming one that did.
+    """
+    for name, digest in zip(images.names, images.digests if calibrated_on else (), strict=False):
+        if digest[:DIGITS] in calibrated_on:
+            raise InputError(f"{images.root}/{name} calibrated {what}: judge on other images than calibrated it")
 
 
 def normalised(images: Tensor, config: dict[str, Any]) -> Tensor:

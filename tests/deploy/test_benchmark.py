@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sdzoo.deploy import benchmark as module
 from sdzoo.deploy.benchmark import benchmark, remembered, take_turns
 from sdzoo.deploy.benchmark_process import Opened, Turn
 from sdzoo.deploy.benchmark_row import Row, as_text, spread
-from sdzoo.deploy.benchmark_target import Opening
+from sdzoo.deploy.benchmark_target import Given, Opening
 from sdzoo.deploy.onnx_export import labels_of
 from sdzoo.deploy.predictor import Predictor, model_predictor
 from sdzoo.errors import InputError, ParityError
@@ -65,6 +66,10 @@ def test_the_table_for_a_terminal(rows: list[Row]) -> None:
     words = ["eager", "1", "8", "4.00", "3.50", "-", "5.00", "9.25", "2000", f"{row.file_mb:.2f}", "-"]
     assert line.split()[: len(words)] == words
     assert line.endswith("80.50  PyTorch cpu")
+    head, titles, *lines = as_text([row, dataclasses.replace(row, device="H100")]).splitlines()
+    assert head == f"m.t, 3x32x32, 500 samples; torch {torch.__version__}"
+    assert titles.split()[-2:] == ["provider", "device"]
+    assert [line.partition("  PyTorch cpu  ")[2] for line in lines] == [row.device, "H100"]
     loss = dataclasses.replace(row, parity=0.05, parity_limit=0.5, parity_kind="top1_loss_points")
     assert loss.compared == "0.05 of 0.5 points"
 
@@ -158,7 +163,7 @@ def test_what_is_timed_is_compared(fake: Any, model: nn.Module, exported: Path) 
         benchmark(model, TARGETS, (1,), (1,), samples=2, onnx=exported)
 
 
-def test_parity_is_the_largest_difference(fake: Any, model: nn.Module, exported: Path) -> None:
+def test_parity_is_the_difference(fake: Any, model: nn.Module, exported: Path) -> None:
     fake.wrong["folded"] = 1e-5
     rows = benchmark(model, TARGETS, (1,), (1,), samples=2, onnx=exported)
     assert rows[0].parity == 0
@@ -232,6 +237,23 @@ def test_a_batch_is_computed_once() -> None:
 def test_refusals(model: nn.Module, given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         benchmark(model, **given)
+
+
+@pytest.mark.parametrize(("is_cuda", "provider"), [(False, "cpu"), (True, "cuda")])
+def test_all_targets_compute_where_the_model_is(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, is_cuda: bool, provider: str
+) -> None:
+    given: list[Given] = []
+
+    def choose(_: object, what: Given) -> list[str]:
+        given.append(what)
+        raise InputError("enough")
+
+    monkeypatch.setattr(module, "choose", choose)
+    monkeypatch.setattr(type(model), "parameters", lambda _: iter([SimpleNamespace(is_cuda=is_cuda)]))
+    with pytest.raises(InputError, match="enough"):
+        benchmark(model)
+    assert [what.provider for what in given] == [provider]
 
 
 def test_training_mode_is_refused(source: nn.Module) -> None:

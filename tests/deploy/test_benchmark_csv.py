@@ -48,7 +48,7 @@ def written(path: Path, *rows: Row) -> Path:
     return path
 
 
-POSITIVE = st.floats(1e-6, 1e9)
+POSITIVE = st.floats(1e-4, 1e9)  # milliseconds are written to 1e-4
 TEXT = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=20)
 
 

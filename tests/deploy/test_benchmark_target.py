@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,8 +122,28 @@ def test_tensorrt_needs_its_gpu(
     monkeypatch.setattr(module, "find_flavour", lambda: Flavour(flavour, "1", None))
     monkeypatch.setattr(module, "find_gpu", lambda: Gpu("card", capability) if capability else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    said = module.why_not("tensorrt", given())
+    said = module.why_not("tensorrt", replace(given(), provider="cuda"))
     assert said is None if reason is None else said is not None and said.startswith(reason)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_all_of_one_table_compute_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """The model's; what cannot is left out of those by default, and told why when asked for."""
+    providers = ["CUDAExecutionProvider"] * compiled + ["CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: True)
+    monkeypatch.setattr(module, "_why_no_tensorrt", lambda: None)
+    cpu, cuda = (replace(given(1000), provider=provider) for provider in ("cpu", "cuda"))
+    torchs, onnx = ["eager", "folded", "folded-channels-last"], ["onnx", "onnx-fp16"]
+    assert choose(None, cpu) == [*torchs, *onnx, "openvino"]
+    assert choose(None, cuda) == [*torchs, *onnx * compiled, "tensorrt"]
+    with pytest.raises(InputError, match=r"openvino computes on the CPU, the model on a GPU \(--provider cpu\)"):
+        choose(["openvino"], cuda)
+    with pytest.raises(InputError, match=r"tensorrt computes on a GPU, the model on the CPU \(--provider cuda\)"):
+        choose(["tensorrt"], cpu)
+    if not compiled:
+        with pytest.raises(InputError, match=r"onnx needs the CUDA provider .*onnx-gpu\]\"\), or --provider cpu"):
+            choose(["onnx"], cuda)
 
 
 def test_an_exported_file_is_the_very_one_that_onnx_and_openvino_open(model: nn.Module, tmp_path: Path) -> None:
@@ -197,6 +220,16 @@ def test_openvino_computes_the_verified_file(exported: Path, model: nn.Module, m
     for found, images in ((first, pixels), (second, 255 - pixels)):
         expected = model_predictor(model).pixels(images)
         assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+def test_openvino_computes_in_float32_with_the_threads_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are bfloat16 instructions, its own choice would be those."""
+    asked: list[Any] = []
+    core = SimpleNamespace(compile_model=lambda *given: asked.extend(given))
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))  # type: ignore[arg-type]
+    open_target(opening("openvino", Path("x.onnx"), 2, "cpu", CONFIG))
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 2, "PERFORMANCE_HINT": "LATENCY"}
+    assert asked == ["x.onnx", "CPU", settings]
 
 
 def test_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,9 @@ def test_the_model_is_left_alone(classifier: Net, tmp_path: Path) -> None:
 # What is possible
 
 
-@pytest.mark.parametrize(("target", "near"), [("onx", "onnx"), ("tensorflow", None), ("", None), ("Triton", "triton")])
+@pytest.mark.parametrize(
+    ("target", "near"), [("onx", "onnx"), ("tensorflow", None), ("", None), ("Triton", "triton"), (None, None)]
+)
 def test_unknown_target(classifier: Net, tmp_path: Path, target: str, near: str | None) -> None:
     said = refused(classifier, target, tmp_path / "out")
     assert said.startswith(f'target "{target}" is unknown; possible: onnx with onnxruntime')

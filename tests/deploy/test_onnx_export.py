@@ -294,13 +294,21 @@ def test_the_model_is_left_alone(tmp_path: Path, source: nn.Module) -> None:
 def test_calibration_is_spread_evenly_over_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted folders hold one class after the other."""
     numbers = Images("x", ["x"] * 60_000, lambda i: np.array([i], np.uint32).view(np.uint8).reshape(4, 1, 1))
+    vars(numbers)["digests"] = list(range(60_000))
     monkeypatch.setattr(export_module, "images_of", lambda *_: numbers)
-    monkeypatch.setattr(export_module, "normalised", lambda images, _: images)
-    batches = np.concatenate(list(export_module._calibration("folder", {})))
-    chosen = np.ascontiguousarray(batches.reshape(-1, 4)).view(np.uint32).ravel().astype(int)
-    assert len(chosen) == 512
+    images, chosen = export_module._calibration("folder", {})
+    assert (images, len(chosen)) == (numbers, 512)
     assert (chosen[0], chosen[-1]) == (0, 59_999)
     assert set(np.diff(chosen)) == {117, 118}  # 59 999 / 511
+
+
+def test_each_content_calibrates_once(tmp_path: Path) -> None:
+    """Here of 300 files 256 are distinct: the first ones are copies of one."""
+    config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0}
+    for index in range(300):
+        (tmp_path / f"{index:03}.png").write_bytes(b"%d" % max(index - 44, 0))
+    images, chosen = export_module._calibration(tmp_path, config)
+    assert [(tmp_path / images.names[index]).read_bytes() for index in chosen] == [b"%d" % n for n in range(256)]
 
 
 def test_overflow_is_looked_for_on_every_image_as_the_model_takes_it(

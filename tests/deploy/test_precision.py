@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +43,8 @@ def wrong_after(right: int) -> Callable[[Tensor], Tensor]:
     return compute
 
 
-@pytest.mark.parametrize("precision", ["fp8", "FP16", "", "float16"])
-def test_unknown_precision(precision: str) -> None:
+@pytest.mark.parametrize("precision", ["fp8", "FP16", "", "float16", None])
+def test_unknown_precision(precision: Any) -> None:
     with pytest.raises(InputError) as caught:
         check_precision(precision)
     assert f'precision "{precision}" is unknown; known: fp32, fp16, int8' in str(caught.value)
@@ -64,9 +66,20 @@ def test_int8_takes_200_labelled_images() -> None:
             check_images("int8", given)
 
 
-@pytest.mark.parametrize("points", [float("nan"), -0.1, 100.1, float("inf")])
+@pytest.mark.parametrize(("precision", "least"), [("fp16", 1000), ("int8", 200)])
+def test_copies_of_a_picture_count_once(tmp_path: Path, precision: str, least: int) -> None:
+    given = replace(images(least + 5, torch.arange(least + 5) % 3), root=tmp_path)
+    for index, name in enumerate(given.names):
+        (tmp_path / name).write_bytes(b"%d" % min(index, least - 1))
+    check_images(precision, replace(given))  # a copy of it, which reads the files
+    (tmp_path / "0.png").write_bytes(b"1")
+    with pytest.raises(InputError, match=rf"at least {least} .*given are those, {least - 1} of them distinct$"):
+        check_images(precision, given)
+
+
+@pytest.mark.parametrize("points", ["a", None, float("nan"), -0.1, 100.1, float("inf")])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_loss_that_cannot_be(points: float, precision: str) -> None:
+def test_a_loss_that_cannot_be(points: Any, precision: str) -> None:
     with pytest.raises(InputError, match=f"max_drop is {points}; it is in points of top-1, 0 to 100"):
         judge(answers(), answers(), images(300, torch.arange(300) % 3), precision, points)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -236,6 +237,21 @@ def test_a_calibration_folder_that_is_too_small(tmp_path: Path, classifier: Net,
         shutil.copy(file, some)
     said = attempt(classifier, tmp_path, images=few, calibration=some)
     assert said == f"{some} holds 255 images; int8 is calibrated on at least 256"
+
+
+def test_copies_do_not_fill_a_calibration_folder(tmp_path: Path, classifier: Net, few: Path, calibration: Path) -> None:
+    some = Path(shutil.copytree(calibration, tmp_path / "some"))
+    shutil.copy(some / "0.png", some / "1.png")
+    said = attempt(classifier, tmp_path, images=few, calibration=some)
+    assert said == f"{some} holds 256 images, 255 of them distinct; int8 is calibrated on at least 256"
+
+
+def test_the_card_says_by_their_digests_which_pictures_calibrated(int8_folder: Path, calibration: Path) -> None:
+    contents = (file.read_bytes() for file in calibration.iterdir())
+    expected = sorted(hashlib.sha256(content).hexdigest()[:16] for content in contents)
+    assert json.loads((int8_folder / "card.json").read_text())["parity"]["calibration"] == expected
+    (stored,) = (p for p in onnx.load(int8_folder / "model.onnx").metadata_props if p.key == "parity")
+    assert json.loads(stored.value)["calibration"] == expected
 
 
 def test_calibrating_on_what_judges(tmp_path: Path, classifier: Net, few: Path, calibration: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -169,6 +170,22 @@ def test_pictures_without_classes_fit_any_model(tmp_path: Path) -> None:
     images_of(folder_of(tmp_path, "1.png"), CONFIG).check_classes(["cat", "dog"], 2)
 
 
+def test_copies_are_no_other_pictures(tmp_path: Path) -> None:
+    """Whatever they are called, and wherever they lie."""
+    folder_of(tmp_path, "cat/1.png", "dog/1.png")
+    shutil.copy(tmp_path / "cat/1.png", tmp_path / "cat/2.png")
+    (tmp_path / "dog/2.png").symlink_to(tmp_path / "cat/1.png")
+    given = images_of(tmp_path, CONFIG)
+    assert given.digests == [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in given.names]
+    assert (len(given), given.distinct, numbered(3).distinct) == (4, 2, 3)
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (folder_of(tmp_path, "1.png") / "2.png").symlink_to("nowhere")
+    with pytest.raises(InputError, match=f"cannot read {tmp_path}/2.png: No such file"):
+        _ = images_of(tmp_path, CONFIG).digests
+
+
 # Calibrating and judging
 
 
@@ -176,14 +193,15 @@ def test_a_picture_in_both_folders_is_found_whatever_its_name(tmp_path: Path) ->
     judging = folder_of(tmp_path / "judging", "cat/1.png", "dog/2.png")
     calibrating = folder_of(tmp_path / "calibrating", "x.png")
     Image.fromarray(blots(1, seed=9)[0]).save(calibrating / "x.png")
-    check_apart(calibrating, judging)
+    given = images_of(judging, CONFIG)
+    check_apart(calibrating, given)
     shutil.copy(judging / "dog/2.png", calibrating / "y.png")
     with pytest.raises(InputError) as caught:
-        check_apart(calibrating, judging)
+        check_apart(calibrating, given)
     assert f"{calibrating}/y.png is also {judging}/dog/2.png" in str(caught.value)
 
 
 def test_a_folder_is_not_apart_from_itself(tmp_path: Path) -> None:
     folder_of(tmp_path, "1.png")
     with pytest.raises(InputError, match="calibrate on other images"):
-        check_apart(tmp_path, tmp_path)
+        check_apart(tmp_path, images_of(tmp_path, CONFIG))

@@ -181,6 +181,54 @@ def test_int8_is_judged_as_int8(operands: dict[str, Operand], int8_folder: Path,
         verify(operands["model"], int8_folder)
 
 
+@pytest.fixture
+def seen(few: Path, calibration: Path, tmp_path: Path) -> Path:
+    """Return ``few`` with one of the pictures that calibrated ``int8_folder`` among them, under another name."""
+    folder = Path(shutil.copytree(few, tmp_path / "seen"))
+    shutil.copy(calibration / "7.png", folder / "frog" / "another.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "reference", "engine"])
+def test_pictures_that_calibrated_do_not_judge(
+    classifier: Net,
+    int8_folder: Path,
+    few: Path,
+    calibration: Path,
+    seen: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    int8 = int8_folder / "model.onnx" if kind == "file" else int8_folder
+    if kind == "engine":
+        install(monkeypatch, tensorrt_rtx="1.7.1.116")
+        pretend(monkeypatch, RTX_4090)
+        int8 = tmp_path / "engine"
+        options = {"precision": "int8", "images": few, "calibration": calibration}
+        export(classifier, "tensorrt", int8, **options, max_drop=20)  # type: ignore[arg-type]
+    pair = (int8, classifier) if kind == "reference" else (classifier, int8)
+    assert isinstance(verify(*pair, few, 20), Accuracy)
+    with pytest.raises(InputError, match=rf"{seen}/frog/another\.png calibrated {int8}: judge on other images"):
+        verify(*pair, seen, 20)
+
+
+@pytest.mark.parametrize(("parity", "says"), [("[]", "damaged"), ("{", "damaged"), (None, "damaged"), ("{}", None)])
+def test_int8_files_that_do_not_say_what_calibrated_them(
+    classifier: Net, int8_folder: Path, seen: Path, tmp_path: Path, parity: str | None, says: str | None
+) -> None:
+    """Files of before say nothing, and are judged on what is given."""
+    proto = onnx.load(int8_folder / "model.onnx")
+    kept = {prop.key: prop.value for prop in proto.metadata_props if prop.key != "parity"}
+    onnx.helper.set_model_props(proto, kept if parity is None else kept | {"parity": parity})
+    path = save_sealed(proto, tmp_path / "x.onnx")
+    if says is None:
+        verify(classifier, path, seen, 20)
+    else:
+        with pytest.raises(InputError, match=f"{path} is damaged: its metadata do not say what calibrated it"):
+            verify(classifier, path, seen, 20)
+
+
 @pytest.mark.parametrize("max_drop", [float("nan"), -5, 1e9])
 def test_a_max_drop_that_is_none(operands: dict[str, Operand], other: Net, max_drop: float) -> None:
     for candidate in (operands["folder"], other):
