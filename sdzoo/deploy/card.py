@@ -101,7 +101,10 @@ class Card:
                 f"{p['images']} images"
             )
         else:
-            said = f"max |difference| {p['max_abs_diff']:.2g} of {p['allowed']:.2g} allowed on {p['images']} images"
+            said = (
+                f"|difference| {p['max_abs_diff']:.2g} of {p['allowed']:.2g} allowed in the batch nearest its limit, on "
+                f"{p['images']} images"
+            )
         return f"{said} ({p['inputs']}), {self.provider}"
 
     @property

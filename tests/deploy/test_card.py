@@ -77,7 +77,10 @@ def test_readme_says_what_it_takes_what_it_gives_and_what_was_compared(
     assert text.startswith("# sd_resnet20, fp32, for onnx\n")
     assert "`model.onnx` takes `images`, float32 (batch, 3, 32, 32)\nand gives `logits`, float32 (batch, 10)." in text
     assert "(pixel / 255 - mean) / std, mean 0.4914, 0.4822, 0.4465, std 0.247, 0.2435, 0.2616" in text
-    assert f"max |difference| {figures['max_abs_diff']:.2g} of {figures['allowed']:.2g} allowed on 80 images" in text
+    figure = (
+        f"|difference| {figures['max_abs_diff']:.2g} of {figures['allowed']:.2g} allowed in the batch nearest its limit"
+    )
+    assert f"{figure}, on 80 images" in text
     assert f"    sdzoo predict IMAGE --model {onnx_folder}\n" in text
     text = (in_graph_folder / "README.md").read_text()
     assert "takes `images`, uint8 (batch, 32, 32, 3)" in text
