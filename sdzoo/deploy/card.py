@@ -101,10 +101,8 @@ class Card:
                 f"{p['images']} images"
             )
         else:
-            said = (
-                f"|difference| {p['max_abs_diff']:.2g} of {p['allowed']:.2g} allowed in the batch nearest its limit, on "
-                f"{p['images']} images"
-            )
+            allowed = f"{p['allowed']:.2g} allowed in the batch nearest its limit"
+            said = f"|difference| {p['max_abs_diff']:.2g} of {allowed}, on {p['images']} images"
         return f"{said} ({p['inputs']}), {self.provider}"
 
     @property
