@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers
 
+from sdzoo.errors import shown
 from sdzoo.hub.remote import HubError, one_line
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def cached(cache: Path, repo: str, revision: str, name: str) -> Path | None:
@@ -51,9 +55,11 @@ def download(api: HfApi, cache: Path, repo: str, commit: str, name: str, size: i
 
     Raises:
         InputError: if it is not there, or may not be read.
-        HubError: if the Hub fails, or sends another number of bytes.
+        HubError: if the Hub fails, calls a commit what is none, or sends another number of bytes.
         OSError: if the cache cannot be written.
     """
+    if not COMMIT.fullmatch(commit):  # as a Hub may have answered; it is about to be a folder's name
+        raise HubError(f'{repo}: the Hub calls "{shown(commit)}" a commit')
     place = _folder(cache, repo) / "snapshots" / commit / name
     url = hf_hub_url(repo, name, revision=commit, endpoint=api.endpoint)
     headers = build_hf_headers(token=api.token) | {"Accept-Encoding": "identity"}

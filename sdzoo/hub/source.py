@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants
 from sdzoo import weights
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError, shown
-from sdzoo.hub.cache import cached, download, note
+from sdzoo.hub.cache import COMMIT, cached, download, note
 from sdzoo.hub.layout import CONFIG, MAX_SUMS_BYTES, OF_THE_HUB, SUMS, Damaged, plain_file, read_sums
 from sdzoo.hub.model_config import MAX_CONFIG_BYTES
 from sdzoo.hub.remote import HubError, client, one_line, unreachable
@@ -23,7 +23,6 @@ from sdzoo.weights.published import known
 
 HUB, FOLDER = "hub:", "local-dir:"  # as names of models begin, the second as timm has it
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 Result = TypeVar("Result")
 
 
@@ -166,7 +165,7 @@ def open_source(name: str | Path, cache_dir: str | Path | None = None, api: HfAp
         kind = "is not" if text.startswith(HUB) else "is neither a folder nor"
         raise InputError(f'"{text[:200]}" {kind} the name of a repository: ORG/NAME or ORG/NAME@REVISION')
     revision = found["revision"]
-    if revision and _COMMIT.fullmatch(revision.lower()):
+    if revision and COMMIT.fullmatch(revision.lower()):
         revision = revision.lower()
     return _open_repo(found["repo"], revision, Path(cache_dir or constants.HF_HUB_CACHE), api or client())
 
@@ -182,10 +181,10 @@ def _open_repo(repo: str, revision: str | None, cache: Path, api: HfApi) -> Repo
         if error.status is not None and error.status < 500:
             raise
         path = cached(cache, repo, named, CONFIG)
-        if path is None or not _COMMIT.fullmatch(path.parent.name):
+        if path is None or not COMMIT.fullmatch(path.parent.name):
             raise _not_cached(error, asked) from None
         commit, sizes = path.parent.name, None
-    if _COMMIT.fullmatch(named) and commit != named:
+    if COMMIT.fullmatch(named) and commit != named:
         raise InputError(f"{asked} was asked for, and {api.endpoint} answered with commit {commit}")
     source = Repo(repo, commit, api, cache, sizes, named == commit)
     source.file(CONFIG, MAX_CONFIG_BYTES)
@@ -199,7 +198,7 @@ def _listed(api: HfApi, repo: str, revision: str | None, asked: str) -> tuple[st
     with one_line(asked, api):
         info = api.model_info(repo, revision=revision, files_metadata=True)
         commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
-        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
             raise ValueError("no commit")
         if not all(isinstance(name, str) and type(size) is int and size >= 0 for name, size in sizes.items()):
             raise ValueError("names and sizes of files")

@@ -14,11 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 from hub_server import HubServer, _Handler
+from huggingface_hub import HfApi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
+from sdzoo.hub.cache import download
 from sdzoo.hub.layout import CONFIG, MODEL, SUMS, write_sums
 from sdzoo.hub.load import MAX_HEADER_BYTES, load_hub, open_hub, verify_hub
 from sdzoo.hub.model_config import MAX_CONFIG_BYTES, read_model_config
@@ -445,3 +447,17 @@ def test_sums_that_leave_one_out_are_refused(name: str, folder: Path) -> None:
     (folder / SUMS).write_text("".join(line for line in lines if name not in line))
     with pytest.raises(InputError, match=f"does not list {name}"):
         open_hub(folder)
+
+
+@pytest.mark.parametrize("commit", ["../../victim", "", "0" * 39, "A" * 40, "main", "/victim", "\x1b[2J" + "0" * 36])
+def test_what_a_hub_calls_a_commit_becomes_no_folder_unless_it_is_one(tmp_path: Path, commit: str) -> None:
+    """As it may answer when something is published: an absolute path would be taken for the place itself."""
+    cache, name = tmp_path / "cache", "config.json"
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / name).write_text("mine")
+    named = str(victim) if commit == "/victim" else commit
+    with pytest.raises(HubError, match=r"the Hub calls .* a commit") as caught:
+        download(HfApi(endpoint="http://127.0.0.1:9", token=False), cache, "org/x", named, name, 9)
+    assert str(caught.value).isprintable()
+    assert (victim / name).read_text() == "mine" and not cache.exists()
