@@ -107,6 +107,7 @@ def open_hub(
     expected = sha256.lower() if sha256 else pin.sha256 if pin else None
     description, path, found = once_more(lambda again: _fetch(source, expected, again), source)
     model, says_all = _load(description, path, f"{MODEL} of {source}")
+    source.remember()
     knew_commit = not isinstance(source, Repo) or source.pinned or pin is not None
     knew_sha256 = "you" if sha256 else "sdzoo" if pin else None
     cached = isinstance(source, Repo) and source.sizes is None
@@ -121,6 +122,7 @@ def verify_hub(name: str | Path, cache_dir: str | Path | None = None, api: HfApi
     """
     source = open_source(name, cache_dir, api)
     sums = once_more(lambda again: _compare(source, again), source)
+    source.remember()
     return f"{source}: {len(sums)} files are what {SUMS} says"
 
 

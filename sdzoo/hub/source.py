@@ -6,6 +6,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -50,6 +51,10 @@ class Source(ABC):
         """Return how much there is to fetch."""
         return 0
 
+    @abstractmethod
+    def remember(self) -> None:
+        """Note that all of it was found to be whole."""
+
     def sums(self, again: bool = False) -> dict[str, str]:
         """Return what ``SHA256SUMS`` says.
 
@@ -83,6 +88,9 @@ class Folder(Source):
         """Return False."""
         return False
 
+    def remember(self) -> None:
+        """Do nothing: it is where it is."""
+
     def names(self) -> set[str]:
         """Return all that there is, hidden files left out."""
         return {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
@@ -100,7 +108,7 @@ class Repo(Source):
         name: ``org/name``.
         commit: Its id.
         sizes: Bytes of every file; None if the Hub cannot be reached, and the cache must do.
-        pinned: Whether the commit was named, by the user or by sdzoo, and not found behind a branch or a tag.
+        revision: By which it was asked for: the commit itself, a branch or a tag.
     """
 
     name: str
@@ -108,10 +116,31 @@ class Repo(Source):
     api: HfApi
     cache: Path
     sizes: dict[str, int] | None
-    pinned: bool
+    revision: str
 
     def __str__(self) -> str:
         return f"{self.name}@{self.commit}"
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the commit was named, by the user or by sdzoo, and not found behind a branch or a tag."""
+        return self.revision == self.commit
+
+    def checked(self, name: str, sha256: str, max_bytes: int, again: bool = False) -> Path:
+        """Return as :meth:`Source.checked`; what is damaged leaves the cache, where timm would take it."""
+        try:
+            return super().checked(name, sha256, max_bytes, again)
+        except Damaged:
+            if self.can_come_again() and (path := cached(self.cache, self.name, self.commit, name)):
+                for file in {path, path.resolve()}:  # huggingface_hub's own are links
+                    file.unlink(missing_ok=True)
+            raise
+
+    def remember(self) -> None:
+        """Note, once all of it is found to be whole, what the branch or tag means: for when the Hub is away."""
+        if self.sizes is not None and not self.pinned:
+            with suppress(OSError):  # a cache that cannot be written serves all the same
+                note(self.cache, self.name, self.revision, self.commit)
 
     def can_come_again(self) -> bool:
         """Return whether the Hub answers."""
@@ -186,10 +215,8 @@ def _open_repo(repo: str, revision: str | None, cache: Path, api: HfApi) -> Repo
         commit, sizes = path.parent.name, None
     if COMMIT.fullmatch(named) and commit != named:
         raise InputError(f"{asked} was asked for, and {api.endpoint} answered with commit {commit}")
-    source = Repo(repo, commit, api, cache, sizes, named == commit)
+    source = Repo(repo, commit, api, cache, sizes, named)
     source.file(CONFIG, MAX_CONFIG_BYTES)
-    if sizes is not None and named != commit:
-        note(cache, repo, named, commit)  # for when the Hub is away
     return source
 
 

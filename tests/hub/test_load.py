@@ -220,11 +220,43 @@ def test_a_small_file_damaged_in_the_cache_is_fetched_again(
     assert path.read_bytes() == content
 
 
-def test_what_is_damaged_every_time_is_refused(hub: HubServer, repo: Repo) -> None:
+def test_what_is_damaged_every_time_is_refused(hub: HubServer, repo: Repo, cache: Path) -> None:
+    """And does not stay where timm, which does not check, would find it."""
     hub.flips = 2
     with pytest.raises(InputError, match=r"has sha256 [0-9a-f]{64}; it should have"):
         open_hub(f"{REPO}@v1.0")
     assert gets(hub) == 2, "once more, not for ever"
+    assert not list(cache.rglob(MODEL))
+
+
+def test_an_update_that_breaks_off_leaves_what_was_there_for_when_the_hub_is_away(
+    hub: HubServer, repo: Repo, published: Path, reference: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.branches["main"] = repo.tags["v1.0"]
+    open_hub(REPO)
+    repo.commit({file.name: file.read_bytes() for file in published.iterdir()} | {"README.md": b"new"})
+    answers = iter([None])
+
+    def only_the_first() -> int | None:  # config.json comes, and nothing after it
+        hub.interfere["resolve"] = only_the_first
+        return next(answers, 500)
+
+    hub.interfere["resolve"] = only_the_first
+    with pytest.raises(HubError):
+        open_hub(REPO)
+    hub.interfere.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model, origin = open_hub(REPO)
+    assert same(model, reference) and repo.tags["v1.0"] in str(origin)
+
+
+def test_a_cache_in_which_no_branch_can_be_noted_serves_all_the_same(
+    hub: HubServer, repo: Repo, cache: Path, reference: nn.Module
+) -> None:
+    repo.branches["main"] = repo.tags["v1.0"]
+    open_hub(f"{REPO}@{repo.tags['v1.0']}")
+    (next(cache.glob("models--*")) / "refs").write_text("not a folder")
+    assert same(open_hub(REPO)[0], reference)
 
 
 def test_a_wrong_sha256_is_refused_before_the_weights_are_fetched(hub: HubServer, repo: Repo, cache: Path) -> None:
