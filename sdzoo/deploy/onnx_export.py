@@ -195,7 +195,7 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
         "weights_sha256": digest,
         "versions": _versions(),
         "file_sha256": BLANK,
-        "parity": proof.as_dict() | {"inputs": images.origin, "runtime": RUNTIME} | notes,
+        "parity": proof.as_dict() | {"inputs": images.origin + images.copies, "runtime": RUNTIME} | notes,
     }
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
     onnx.checker.check_model(proto, full_check=True)

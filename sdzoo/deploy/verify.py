@@ -117,9 +117,11 @@ def _calibrated_on(operand: Operand, opened: Predictor) -> Collection[str]:
         file = file.with_name("model.onnx")
     stored = open_session(file, "cpu", None).get_modelmeta().custom_metadata_map
     try:
-        return frozenset(json.loads(stored["parity"]).get("calibration", ()))
+        return frozenset(json.loads(stored["parity"])["calibration"])
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{file} is damaged: its metadata do not say what calibrated it") from None
+        raise InputError(
+            f"{file} does not say what calibrated it, so that it cannot be judged: export it anew"
+        ) from None
 
 
 def _engine_folder(operand: Operand) -> tuple[Path, Card] | None:
@@ -160,7 +162,7 @@ def _promote(folder: Path, proof: Parity | Accuracy, images: Images, provider: s
         card,
         file=ENGINE,
         files=files,
-        parity=proof.as_dict() | {"reference": reference, "inputs": images.origin, "runtime": provider},
+        parity=proof.as_dict() | {"reference": reference, "inputs": images.origin + images.copies, "runtime": provider},
         provider=provider,
         serve=f"sdzoo predict IMAGE --model {shlex.quote(str(folder))}",
     )
