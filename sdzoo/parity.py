@@ -79,7 +79,7 @@ class Accuracy:
     def __str__(self) -> str:
         return (
             f"top-1 {self.top1_percent_before:.2f} % before, {self.top1_percent_after:.2f} % after "
-            f"({self.top1_percent_after - self.top1_percent_before:+.2f} points, at most -{self.max_drop_points:g} "
+            f"({self.top1_percent_after - self.top1_percent_before:+.2f} points, at most {0 - self.max_drop_points:g} "
             f"allowed) on {self.images} images"
         )
 

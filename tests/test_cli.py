@@ -802,6 +802,16 @@ def test_bench_of_a_model_without_weights_says_so(capsys: Capture) -> None:
     assert "no weights of sd_resnet32 ship with sdzoo: timing it untrained" in out
 
 
+def test_bench_says_what_it_leaves_out(capsys: Capture) -> None:
+    out = done(capsys, "bench", BUNDLED, "--samples", 2, "--threads", "1", "--batch", "1", "--provider", "cpu")
+    assert "left out: onnx-int8 needs at least 256 pictures to calibrate on" in out
+
+
+def test_a_name_longer_than_any_files(capsys: Capture) -> None:
+    for command in (["bench"], ["predict", CAT, "--model"], ["export", "-o", "x.onnx"]):
+        assert "x: File name too long" in refused(capsys, *command, "x" * 300)
+
+
 def test_bench_of_nothing_or_of_what_cannot_be(capsys: Capture) -> None:
     assert "name a model to time" in refused(capsys, "bench")
     assert "possible here: eager, folded" in refused(capsys, "bench", BUNDLED, "--targets", "coreml")

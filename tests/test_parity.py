@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -285,6 +286,7 @@ def test_accuracy_before_and_after() -> None:
     assert accuracy == Accuracy(5, 80.0, 40.0, 40, 3)
     assert str(accuracy) == ("top-1 80.00 % before, 40.00 % after (-40.00 points, at most -40 allowed) on 5 images")
     assert json.loads(json.dumps(accuracy.as_dict()))["top1_percent_after"] == 40.0
+    assert "at most 0 allowed" in str(replace(accuracy, max_drop_points=0))
     with pytest.raises(ParityError, match=r"top-1 80\.00 % before, 40\.00 % after .* at most -39\.9 allowed"):
         compare_accuracy(
             answering([0, 0], [0, 1, 0]), answering([0, 1], [0, 1, 2]), labelled_pairs(2, 3), max_drop_points=39.9

@@ -47,8 +47,8 @@ def read_sealed(folder: str | Path, changed: Collection[str] = ()) -> dict[str, 
         raise ValueError(f"{folder} holds no card.json; name a folder that `sdzoo export` wrote") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged: it is not JSON") from None
-    if not isinstance(card, dict) or card.get("format") != "sdzoo-1":
-        raise ValueError(f'{path} is not of the format "sdzoo-1"')
+    if not isinstance(card, dict) or card.get("format") != "sdzoo-2":
+        raise ValueError(f'{path} is not of the format "sdzoo-2"')
     if missing := [key for key in KEYS if key not in card]:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
     seal = str(card["seal"]).encode(errors="replace")

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 3 training diverged
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough; nor shall the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ParityError, LostProcess, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # none of our files is called so
+            return _fail(2, f"{error.filename}: {error.strerror}")
         return _fail(1, str(error))
     return 0
 

@@ -177,6 +177,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         calibration=arguments.calibration,
         max_drop=arguments.max_drop,
         progress=show_progress,
+        note=lambda text: print(text, flush=True),
     )
     _print_rows(rows)
     if arguments.output:

@@ -46,6 +46,7 @@ def benchmark(
     onnx: str | Path | None = None,
     max_drop: float = MAX_DROP_POINTS,
     progress: Progress = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Return what ``model`` costs at each of ``targets`` and how near each comes to it, by threads, batch and target.
 
@@ -67,6 +68,7 @@ def benchmark(
         onnx: The model's fp32 ONNX file, if there is one already; else it is exported (and verified) for the time.
         max_drop: Top-1 that int8 may lose, in points.
         progress: Called with what is being done.
+        note: Called with each target that is left out, and why, if none were named.
 
     Raises:
         InputError: if a target is unknown or cannot run here, with those that can and what the others lack; for
@@ -85,7 +87,7 @@ def benchmark(
     pictures.check_classes(labels_of(model), int(model.num_classes))  # type: ignore[arg-type]
     provider = "cuda" if next(model.parameters()).is_cuda else "cpu"
     given = Given(pictures, images, calibration, onnx, max_drop, provider)
-    chosen = choose(targets, given)
+    chosen = choose(targets, given, note)
     name, reference = _name(model), remembered(model_predictor(model).pixels)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="sdzoo-bench-") as folder:

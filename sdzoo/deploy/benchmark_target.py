@@ -89,8 +89,8 @@ class Given:
     provider: str = "cpu"
 
 
-def choose(targets: Sequence[str] | None, given: Given) -> list[str]:
-    """Return ``targets`` in the order of ``TARGETS``; default: all that can run here.
+def choose(targets: Sequence[str] | None, given: Given, note: Callable[[str], None] = lambda _: None) -> list[str]:
+    """Return ``targets`` in the order of ``TARGETS``; default: all that can run here, the others being noted.
 
     Raises:
         InputError: if one is unknown or cannot run, with those that can, and what the others lack.
@@ -98,6 +98,9 @@ def choose(targets: Sequence[str] | None, given: Given) -> list[str]:
     lacks = {target: why_not(target, given) for target in TARGETS}
     able = [target for target, reason in lacks.items() if reason is None]
     if targets is None:
+        for target, reason in lacks.items():
+            if reason is not None:
+                note(f"left out: {target} {reason}")
         return able
     if not targets:
         raise InputError(f"no targets given; possible here: {', '.join(able)}")

@@ -15,7 +15,7 @@ from sdzoo.errors import InputError
 from sdzoo.files import atomic_path
 
 CARD, README, LABELS = "card.json", "README.md", "labels.json"
-FORMAT = "sdzoo-1"
+FORMAT = "sdzoo-2"
 NOT_RUN = "not run"
 # With what a proof compared.
 MODEL, FLOAT32_FILE = "the model that was trained", "the fp32 ONNX file of the model that was trained"
@@ -58,7 +58,8 @@ class Card:
         preprocessing: Input size, mean, std, interpolation, crop, and where it is done.
         survival_probs: p of every block, which are folded into the weights.
         weights_sha256: Of the state dict that was exported.
-        parity: The figures of the comparison, or ``not run``.
+        parity: The figures of the comparison, or ``not run``; of int8 also ``calibration``, the first 16 digits of the
+            sha256 of each picture that calibrated it.
         provider: What computed them.
         versions: Of what took part.
         serve: The command that serves the folder.
@@ -221,6 +222,11 @@ def read_labels(folder: Path, card: Card) -> list[str] | None:
         check_description({"labels": labels, "num_classes": card.output["shape"][-1]})
     except (OSError, ValueError, RecursionError) as error:  # InputError is a ValueError
         raise InputError(f"{path} is damaged: {error}") from None
+    return names(labels)
+
+
+def names(labels: list[str] | None) -> list[str] | None:
+    """Return the names of classes, None where they are only numbers."""
     return None if not labels or labels == [str(index) for index in range(len(labels))] else labels
 
 

@@ -148,6 +148,7 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
     if settings.precision != "fp32" and not model.num_classes:
         raise InputError(f"{settings.precision} is judged by top-1; the model has no classifier")
     images = verification_images(settings, model)
+    calibration = _calibration(settings.calibration, config, images) if settings.calibration is not None else None
     source = copy.deepcopy(model).cpu()
     progress("folding and writing the graph")
     proto = onnx_graph(fold(source), config["input_size"], "logits" if model.num_classes else "features")
@@ -168,9 +169,9 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
     elif settings.precision == "int8":
         from sdzoo.deploy.quantize import quantize
 
-        assert settings.calibration is not None
+        assert calibration is not None
         progress(f"calibrating on {settings.calibration}")
-        pictures, chosen = _calibration(settings.calibration, config)
+        pictures, chosen = calibration
         batches = (chosen[start : start + 32] for start in range(0, len(chosen), 32))
         inputs = (normalised(pictures.read(batch), config).numpy() for batch in batches)
         proto = quantize(proto, settings.preset, inputs)
@@ -195,7 +196,7 @@ def build_onnx(model: nn.Module, settings: Settings, progress: Callable[[str], N
         "weights_sha256": digest,
         "versions": _versions(),
         "file_sha256": BLANK,
-        "parity": proof.as_dict() | {"inputs": images.origin + images.copies, "runtime": RUNTIME} | notes,
+        "parity": proof.as_dict() | {"inputs": images.origin, "runtime": RUNTIME} | notes,
     }
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
     onnx.checker.check_model(proto, full_check=True)
@@ -229,28 +230,24 @@ def verification_images(settings: Settings, model: nn.Module) -> Images:
     """Return what an export by ``settings`` is compared on.
 
     Raises:
-        InputError: if the pictures are too few for the precision, of other classes, or calibrated on.
+        InputError: if the pictures are too few for the precision, or of other classes.
     """
     config = input_config(model)
     images = default_images(config) if settings.images is None else images_of(settings.images, config)
     images.check_classes(labels_of(model), int(model.num_classes))  # type: ignore[arg-type]
     check_images(settings.precision, images)
-    if settings.calibration is not None:
-        check_apart(settings.calibration, images)
     return images
 
 
-def _calibration(folder: str | Path, config: dict[str, Any]) -> tuple[Images, list[int]]:
-    """Return the pictures of ``folder``, and which calibrate: evenly spread over it, of copies one."""
+def _calibration(folder: str | Path, config: dict[str, Any], judging: Images) -> tuple[Images, list[int]]:
+    """Return the pictures of ``folder``, and which calibrate: evenly spread over it; none of them is ``judging``."""
     from sdzoo.deploy.quantize import LEAST_IMAGES
 
     images = images_of(folder, config)
-    if images.distinct < LEAST_IMAGES:
-        held = f"{folder} holds {len(images)} images{images.copies}"
-        raise InputError(f"{held}; int8 is calibrated on at least {LEAST_IMAGES}")
-    last = dict(zip(images.digests, range(len(images)), strict=True)).values()  # of each content
-    spread = np.linspace(0, len(last) - 1, min(CALIBRATION_IMAGES, len(last))).round().astype(int)
-    return images, np.array(sorted(last))[spread].tolist()
+    if len(images) < LEAST_IMAGES:
+        raise InputError(f"{folder}: {images.origin}; int8 is calibrated on at least {LEAST_IMAGES}")
+    check_apart(images, judging)
+    return images, np.linspace(0, len(images) - 1, min(CALIBRATION_IMAGES, len(images))).round().astype(int).tolist()
 
 
 def _feed(settings: Settings, config: dict[str, Any]) -> Callable[[Tensor], NDArray[np.generic]]:

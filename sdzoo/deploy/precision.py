@@ -29,23 +29,21 @@ def check_max_drop(points: float) -> None:
 
 
 def check_images(precision: str, images: Images) -> None:
-    """Check that ``images`` can judge ``precision``: fp16 on at least 1000 real ones, int8 on 200 labelled ones,
-    copies counted once.
+    """Check that ``images`` can judge ``precision``: fp16 on at least 1000 real ones, int8 on 200 labelled ones.
 
     Raises:
         InputError: saying what is missing.
     """
     if precision == "fp32":
         return
-    if precision == "fp16" and (images.distinct < HALF_LEAST_IMAGES or images.made):
+    if precision == "fp16" and (len(images) < HALF_LEAST_IMAGES or images.made):
         raise InputError(
-            f"fp16 is compared on at least {HALF_LEAST_IMAGES} real images (--images DIR); "
-            f"given are {images.origin}{images.copies}"
+            f"fp16 is compared on at least {HALF_LEAST_IMAGES} real images (--images DIR); given are {images.origin}"
         )
-    if precision == "int8" and (images.labels is None or images.distinct < INT8_LEAST_IMAGES):
+    if precision == "int8" and (images.labels is None or len(images) < INT8_LEAST_IMAGES):
         raise InputError(
             f"int8 is judged by top-1, on at least {INT8_LEAST_IMAGES} images in class folders (--images DIR); "
-            f"given are {images.origin}{images.copies}"
+            f"given are {images.origin}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,6 +40,7 @@ class Predictor:
         precision: ``fp32``, ``fp16`` or ``int8``: what the comparison with the model that was trained allowed.
         in_graph: Whether arrays are uint8 ``(B, H, W, C)``, which the graph normalises.
         weights_sha256: Of the weights that it was exported from; None of a model or a file that does not say.
+        calibrated_on: The first digits of the sha256 of each picture that calibrated what is int8; None if unknown.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class Predictor:
         precision: str = "fp32",
         in_graph: bool = False,
         weights_sha256: str | None = None,
+        calibrated_on: Collection[str] | None = None,
     ) -> None:
         self.has_classes = has_classes
         self.name, self.provider, self.labels, self.config = name, provider, labels, config
         self.precision, self.in_graph, self.weights_sha256 = precision, in_graph, weights_sha256
+        self.calibrated_on = calibrated_on
         self._run, self._convert = run, convert
         self._resize = resizer(config) if "mean" in config else None
 

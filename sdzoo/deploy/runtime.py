@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdzoo.deploy.card import CARD, ENGINE_SUFFIX, FORMAT, Card, read_card, read_labels
+from sdzoo.deploy.card import CARD, ENGINE_SUFFIX, FORMAT, Card, names, read_card, read_labels
 from sdzoo.deploy.predictor import Predictor
 from sdzoo.deploy.session import check_threads, open_session
 from sdzoo.description import check_description
@@ -20,7 +20,7 @@ from sdzoo.extras import require
 
 METADATA = (
     *("model", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "labels", "survival_probs"),
-    *("precision", "preprocess", "weights_sha256", "file_sha256", "format"),
+    *("precision", "preprocess", "weights_sha256", "file_sha256", "format", "parity"),
 )
 
 
@@ -49,14 +49,15 @@ def load_predictor(
     path = Path(path)
     if threads is not None:
         check_threads(threads)
-    card = None
+    card = labels = None
     if path.is_dir():
         card = read_card(path)
+        labels = read_labels(path, card)
         path = path / card.file
     elif not path.is_file():
         raise InputError(f"{path} does not exist")
     if path.suffix != ENGINE_SUFFIX:
-        return _onnx(path, card, provider, threads, convert)
+        return _onnx(path, card, labels, provider, threads, convert)
     if card is None:
         if not (path.parent / CARD).is_file():
             raise InputError(f"{path} has no {CARD} beside it, which says how to feed it and what it was built for")
@@ -89,10 +90,19 @@ def _engine(path: Path, card: Card, provider: str, threads: int | None, convert:
         precision=card.precision,
         in_graph=where == "in-graph",
         weights_sha256=card.weights_sha256,
+        calibrated_on=_calibration(card.engine.get("onnx_parity")),
     )
 
 
-def _onnx(path: Path, card: Card | None, provider: str, threads: int | None, convert: bool) -> Predictor:
+def _calibration(parity: Any) -> frozenset[str] | None:
+    """Return which pictures calibrated a file, as its figures of parity name them."""
+    named = parity.get("calibration") if isinstance(parity, dict) else None
+    return frozenset(map(str, named)) if isinstance(named, list) else None
+
+
+def _onnx(
+    path: Path, card: Card | None, labels: list[str] | None, provider: str, threads: int | None, convert: bool
+) -> Predictor:
     require("onnxruntime")
     session = open_session(path, provider, threads)
     about = session.get_modelmeta()
@@ -101,7 +111,7 @@ def _onnx(path: Path, card: Card | None, provider: str, threads: int | None, con
         return _foreign(session, path)
     metadata = _metadata(session, path)
     if card is not None:
-        _check_alike(card, metadata, path)
+        _check_alike(card, labels, metadata | {"labels": names(metadata["labels"])}, path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     size, in_graph = metadata["input_size"], metadata["preprocess"] == "in-graph"
     shape = [*size[1:], size[0]] if in_graph else size
@@ -128,15 +138,21 @@ def _onnx(path: Path, card: Card | None, provider: str, threads: int | None, con
         precision=metadata["precision"],
         in_graph=in_graph,
         weights_sha256=str(metadata["weights_sha256"]),
+        calibrated_on=_calibration(metadata["parity"]),
     )
 
 
-def _check_alike(card: Card, metadata: dict[str, Any], path: Path) -> None:
+def _check_alike(card: Card, labels: list[str] | None, metadata: dict[str, Any], path: Path) -> None:
     """Check that the card beside a file, by which others feed it, says what the file itself says."""
-    said = card.preprocessing | {"preprocess": card.preprocessing["where"], "precision": card.precision}
+    said = card.preprocessing | {
+        "preprocess": card.preprocessing["where"],
+        "precision": card.precision,
+        "weights_sha256": card.weights_sha256,
+        "labels": labels,
+    }
     for name, value in said.items():
         if name in metadata and metadata[name] != value:
-            raise InputError(f"{path}: its {name} is {metadata[name]}, its {CARD} says {value}")
+            raise InputError(f"{path}: its {name} is {str(metadata[name])[:80]}, its {CARD} says {str(value)[:80]}")
 
 
 def _foreign(session: Any, path: Path) -> Predictor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ class Images:
         classes: The class folders that they come from, if any.
         labels: The class of each by number, None where it is not known.
         root: The folder of the files ``names``, None of pictures that are no files.
+        digests: The sha256 of each file, of pictures that are no files none.
     """
 
     origin: str
@@ -45,31 +45,10 @@ class Images:
     labels: Tensor | None = None
     made: bool = False
     root: Path | None = None
+    digests: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @cached_property
-    def digests(self) -> list[str]:
-        """Return the sha256 of each file, of pictures that are no files none.
-
-        Raises:
-            InputError: naming one that cannot be read.
-        """
-        try:
-            return [file_sha256(self.root / name) for name in self.names] if self.root else []
-        except OSError as error:
-            raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
-
-    @property
-    def distinct(self) -> int:
-        """Return how many there are, copies of a file counted once."""
-        return len(set(self.digests)) or len(self)
-
-    @property
-    def copies(self) -> str:
-        """Return what to add to a count of them where some are copies."""
-        return f", {self.distinct} of them distinct" if self.distinct < len(self) else ""
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Return uint8 ``(len(indices), C, H, W)``."""
@@ -151,32 +130,43 @@ def _bundled(config: dict[str, Any]) -> Images:
 
 
 def images_of(folder: str | Path, config: dict[str, Any]) -> Images:
-    """Return the pictures of ``folder``, with labels if they lie in folders named by class.
+    """Return the pictures of ``folder``, with labels if they lie in folders named by class; of copies the first.
 
     Raises:
-        InputError: if there are no pictures; reading one raises as :func:`sdzoo.images.open_image`.
+        InputError: if there are no pictures, or a file cannot be read; reading a picture raises as
+            :func:`sdzoo.images.open_image`.
     """
     root = Path(folder)
     found = read_image_folder(root, need_classes=False)
+    first: dict[str, int] = {}
+    try:
+        for index, name in enumerate(found.files):
+            first.setdefault(file_sha256(root / name), index)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    names = tuple(found.files[index] for index in first.values())
+    labels = torch.tensor(found.labels)[list(first.values())] if found.classes else None
     resize, in_chans = resizer(config), config["input_size"][0]
 
     def read(index: int) -> NDArray[np.uint8]:
-        return resize(open_image(root / found.files[index], in_chans, convert=True))
+        return resize(open_image(root / names[index], in_chans, convert=True))
 
-    labels = torch.tensor(found.labels) if found.classes else None
-    return Images(f"{len(found.files)} pictures of {root.name}", found.files, read, found.classes, labels, root=root)
+    copies = len(found.files) - len(names)
+    origin = f"{len(names)} pictures of {root.name}" + (f" (copies left out: {copies})" if copies else "")
+    return Images(origin, names, read, found.classes, labels, root=root, digests=list(first))
 
 
-def check_apart(calibration: str | Path, images: Images) -> None:
-    """Check that none of ``images`` is in the folder ``calibration``, by its bytes: what calibrates must not judge.
+def check_apart(calibration: Images, images: Images) -> None:
+    """Check that none of ``images`` is one of ``calibration``, by its bytes: what calibrates must not judge.
 
     Raises:
         InputError: naming one that is.
     """
     judging = dict(zip(images.digests, images.names, strict=False))
-    for file in read_image_folder(Path(calibration), False).files:
-        if same := judging.get(file_sha256(Path(calibration, file))):
-            raise InputError(f"{calibration}/{file} is also {images.root}/{same}: calibrate on other images than judge")
+    for digest, file in zip(calibration.digests, calibration.names, strict=False):
+        if same := judging.get(digest):
+            held = f"{calibration.root}/{file} is also {images.root}/{same}"
+            raise InputError(f"{held}: calibrate on other images than judge")
 
 
 def check_unseen(images: Images, calibrated_on: Collection[str], what: object) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import shlex
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,11 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sdzoo.deploy.card import CARD, ENGINE_SUFFIX, FLOAT32_FILE, MODEL, Card, digests, read_card
+from sdzoo.deploy.card import CARD, FLOAT32_FILE, MODEL, Card, digests, read_card
 from sdzoo.deploy.precision import MAX_DROP_POINTS, PRECISIONS, judge
 from sdzoo.deploy.predictor import Predictor, model_predictor
 from sdzoo.deploy.runtime import load_predictor
-from sdzoo.deploy.session import open_session
 from sdzoo.deploy.verification import Images, check_unseen, default_images, images_of
 from sdzoo.digest import state_sha256
 from sdzoo.errors import InputError
@@ -41,8 +39,7 @@ def verify(
         a: The reference: a model (folded or not), a predictor, or an exported file or folder.
         b: What shall be as it.
         images: A folder of real pictures; for fp16 at least 1000, for int8 in class folders. Default: those that ship
-            with sdzoo, which are enough for float32 alone. None of them may have calibrated an int8 file or folder; of
-            a predictor it is not known what did.
+            with sdzoo, which are enough for float32 alone. None of them may have calibrated what is int8.
         max_drop: Top-1 that int8 may lose, in points.
 
     Raises:
@@ -60,7 +57,10 @@ def verify(
         outputs = reference.pixels(chosen.read([0]).numpy(), config).shape[1]
         chosen.check_classes(reference.labels or candidate.labels, outputs)
     for operand, opened in ((a, reference), (b, candidate)):
-        check_unseen(chosen, _calibrated_on(operand, opened), operand)
+        what = operand if isinstance(operand, (str, Path)) else opened.name
+        if opened.precision == "int8" and opened.calibrated_on is None:
+            raise InputError(f"{what} does not say what calibrated it, so that it cannot be judged: export it anew")
+        check_unseen(chosen, opened.calibrated_on or (), what)
     proof = judge(_compute(reference, config), _compute(candidate, config), chosen, precision, max_drop)
     if (found := _engine_folder(b)) is not None and not found[1].verified:
         if reason := _why_no_proof(a, reference, candidate):
@@ -107,23 +107,6 @@ def _compute(predictor: Predictor, config: dict[str, Any]) -> Callable[[Tensor],
     return lambda images: torch.from_numpy(predictor.pixels(images.numpy(), config))
 
 
-def _calibrated_on(operand: Operand, opened: Predictor) -> Collection[str]:
-    """Return the digests of the pictures that calibrated an int8 file, or the one that an engine was built from."""
-    if opened.precision != "int8" or not isinstance(operand, (str, Path)):
-        return ()
-    path = Path(operand)
-    file = path / read_card(path).file if path.is_dir() else path
-    if file.suffix == ENGINE_SUFFIX:
-        file = file.with_name("model.onnx")
-    stored = open_session(file, "cpu", None).get_modelmeta().custom_metadata_map
-    try:
-        return frozenset(json.loads(stored["parity"])["calibration"])
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
-        raise InputError(
-            f"{file} does not say what calibrated it, so that it cannot be judged: export it anew"
-        ) from None
-
-
 def _engine_folder(operand: Operand) -> tuple[Path, Card] | None:
     """Return the exported folder whose engine ``operand`` names, and its card, if it names one."""
     if not isinstance(operand, (str, Path)):
@@ -162,7 +145,7 @@ def _promote(folder: Path, proof: Parity | Accuracy, images: Images, provider: s
         card,
         file=ENGINE,
         files=files,
-        parity=proof.as_dict() | {"reference": reference, "inputs": images.origin + images.copies, "runtime": provider},
+        parity=proof.as_dict() | {"reference": reference, "inputs": images.origin, "runtime": provider},
         provider=provider,
         serve=f"sdzoo predict IMAGE --model {shlex.quote(str(folder))}",
     )

@@ -171,7 +171,7 @@ def test_parity_is_the_difference(fake: Any, model: nn.Module, exported: Path) -
 
 
 def test_top1_of_images_in_class_folders(fake: Any, source: Any, exported: Path, tmp_path: Path) -> None:
-    """Of ten black pictures, all of one class to the model, those count that lie in its folder."""
+    """Of twelve dark pictures, all of one class to the model, those count that lie in its folder."""
     from PIL import Image
 
     fake.predictor = model_predictor(source)
@@ -180,7 +180,7 @@ def test_top1_of_images_in_class_folders(fake: Any, source: Any, exported: Path,
     assert names
     for label, index in itertools.chain(((label, 0) for label in range(10)), ((best, n) for n in (1, 2))):
         (tmp_path / names[label]).mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32)).save(tmp_path / names[label] / f"{index}.png")
+        Image.new("RGB", (32, 32), (label, index, 0)).save(tmp_path / names[label] / f"{index}.png")  # no copies
     row = benchmark(source, ("eager",), (1,), (1,), samples=2, images=tmp_path)[0]
     assert row.top1_percent == 25.0  # 3 of 12
 
@@ -245,7 +245,7 @@ def test_all_targets_compute_where_the_model_is(
 ) -> None:
     given: list[Given] = []
 
-    def choose(_: object, what: Given) -> list[str]:
+    def choose(_: object, what: Given, __: object) -> list[str]:
         given.append(what)
         raise InputError("enough")
 

@@ -68,6 +68,15 @@ def test_by_default_those_that_can_run(what: Given, also: list[str]) -> None:
     assert choose(None, what) == ["eager", "folded", "folded-channels-last", "onnx", *also]
 
 
+def test_what_is_left_out_is_noted_with_its_reason() -> None:
+    noted: list[str] = []
+    choose(None, given(999), noted.append)
+    assert [line.split()[2] for line in noted] == ["onnx-fp16", "onnx-int8", "openvino", "tensorrt"]
+    assert noted[0].startswith("left out: onnx-fp16 cannot be judged: fp16 is compared on at least 1000 real images")
+    choose(["eager"], given(999), noted.append)
+    assert len(noted) == 4  # who names targets knows what is not among them
+
+
 def test_they_come_in_one_order() -> None:
     assert choose(["onnx", "eager", "onnx"], given()) == ["eager", "onnx"]
 

@@ -176,7 +176,7 @@ def test_a_changed_card(folder: Path, old: str, new: str) -> None:
         ({"seal": None}, "damaged or"),
         ({"seal": ""}, "damaged or"),
         ({"seal": "\ud800"}, "damaged or"),
-        ({"format": "sdzoo-2"}, "is of another version of sdzoo: its format is 'sdzoo-2'"),
+        ({"format": "sdzoo-1"}, "is of another version of sdzoo: its format is 'sdzoo-1'"),
     ],
 )
 def test_a_card_with_another_seal(folder: Path, changed: dict[str, Any], says: str) -> None:
@@ -234,7 +234,7 @@ def test_names_that_lead_out_of_the_folder_or_nowhere(folder: Path, name: str, a
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"format": "sdzoo-2"}, "is of another version of sdzoo: its format is 'sdzoo-2'"),
+        ({"format": "sdzoo-1"}, "is of another version of sdzoo: its format is 'sdzoo-1'"),
         ({"later": 1}, "of another version of sdzoo"),
         ({"target": "coreml"}, 'target "coreml" is unknown; known: onnx, tensorrt, triton'),
         ({"precision": "fp8"}, "precision is 'fp8'"),
@@ -286,7 +286,7 @@ VALUES = st.recursive(
     | st.just(10**400)
     | st.floats()
     | st.text(max_size=5)
-    | st.sampled_from(["sdzoo-1", "not run", "in-graph", "x.engine", "../x", "model.onnx"]),
+    | st.sampled_from(["sdzoo-2", "not run", "in-graph", "x.engine", "../x", "model.onnx"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )

@@ -57,7 +57,7 @@ def refused(model: nn.Module, target: str, out: Path, **options: Any) -> str:
 
 def test_card_says_what_it_is(classifier: Net, onnx_folder: Path) -> None:
     card = json.loads((onnx_folder / "card.json").read_text())
-    assert (card["format"], card["model"], card["tag"]) == ("sdzoo-1", "sd_resnet20", None)
+    assert (card["format"], card["model"], card["tag"]) == ("sdzoo-2", "sd_resnet20", None)
     assert (card["target"], card["precision"], card["file"]) == ("onnx", "fp32", "model.onnx")
     assert card["input"] == {
         "name": "images",

@@ -131,7 +131,7 @@ def test_file_has_the_usual_permissions(exported: Path) -> None:
 
 def test_metadata_say_how_to_feed_the_model_and_what_it_is(exported: Path) -> None:
     metadata = metadata_of(exported)
-    assert metadata["format"] == "sdzoo-1"
+    assert metadata["format"] == "sdzoo-2"
     assert metadata["model"] == "sd_resnet20"
     assert metadata["tag"] is None
     assert metadata["labels"] == LABELS
@@ -294,9 +294,8 @@ def test_the_model_is_left_alone(tmp_path: Path, source: nn.Module) -> None:
 def test_calibration_is_spread_evenly_over_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted folders hold one class after the other."""
     numbers = Images("x", ["x"] * 60_000, lambda i: np.array([i], np.uint32).view(np.uint8).reshape(4, 1, 1))
-    vars(numbers)["digests"] = list(range(60_000))
     monkeypatch.setattr(export_module, "images_of", lambda *_: numbers)
-    images, chosen = export_module._calibration("folder", {})
+    images, chosen = export_module._calibration("folder", {}, numbers)
     assert (images, len(chosen)) == (numbers, 512)
     assert (chosen[0], chosen[-1]) == (0, 59_999)
     assert set(np.diff(chosen)) == {117, 118}  # 59 999 / 511
@@ -307,7 +306,7 @@ def test_each_content_calibrates_once(tmp_path: Path) -> None:
     config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0}
     for index in range(300):
         (tmp_path / f"{index:03}.png").write_bytes(b"%d" % max(index - 44, 0))
-    images, chosen = export_module._calibration(tmp_path, config)
+    images, chosen = export_module._calibration(tmp_path, config, default_images(config))
     assert [(tmp_path / images.names[index]).read_bytes() for index in chosen] == [b"%d" % n for n in range(256)]
 
 

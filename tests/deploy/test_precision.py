@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,17 +62,6 @@ def test_int8_takes_200_labelled_images() -> None:
     for given in (images(200), images(199, torch.arange(199) % 3)):
         with pytest.raises(InputError, match=r"at least 200 images in class folders \(--images DIR\); given are those"):
             check_images("int8", given)
-
-
-@pytest.mark.parametrize(("precision", "least"), [("fp16", 1000), ("int8", 200)])
-def test_copies_of_a_picture_count_once(tmp_path: Path, precision: str, least: int) -> None:
-    given = replace(images(least + 5, torch.arange(least + 5) % 3), root=tmp_path)
-    for index, name in enumerate(given.names):
-        (tmp_path / name).write_bytes(b"%d" % min(index, least - 1))
-    check_images(precision, replace(given))  # a copy of it, which reads the files
-    (tmp_path / "0.png").write_bytes(b"1")
-    with pytest.raises(InputError, match=rf"at least {least} .*given are those, {least - 1} of them distinct$"):
-        check_images(precision, given)
 
 
 @pytest.mark.parametrize("points", ["a", None, float("nan"), -0.1, 100.1, float("inf")])

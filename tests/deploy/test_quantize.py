@@ -236,14 +236,14 @@ def test_a_calibration_folder_that_is_too_small(tmp_path: Path, classifier: Net,
     for file in sorted(calibration.iterdir())[:255]:
         shutil.copy(file, some)
     said = attempt(classifier, tmp_path, images=few, calibration=some)
-    assert said == f"{some} holds 255 images; int8 is calibrated on at least 256"
+    assert said == f"{some}: 255 pictures of some; int8 is calibrated on at least 256"
 
 
 def test_copies_do_not_fill_a_calibration_folder(tmp_path: Path, classifier: Net, few: Path, calibration: Path) -> None:
     some = Path(shutil.copytree(calibration, tmp_path / "some"))
     shutil.copy(some / "0.png", some / "1.png")
     said = attempt(classifier, tmp_path, images=few, calibration=some)
-    assert said == f"{some} holds 256 images, 255 of them distinct; int8 is calibrated on at least 256"
+    assert said == f"{some}: 255 pictures of some (copies left out: 1); int8 is calibrated on at least 256"
 
 
 def test_the_card_says_by_their_digests_which_pictures_calibrated(int8_folder: Path, calibration: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,15 @@ import timm
 from cards import put_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nets import calibrated
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import save_sealed
 from samples import FILES
 
+from sdzoo.deploy.export import export
 from sdzoo.deploy.predictor import Predictor
 from sdzoo.deploy.runtime import load_predictor
+from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
 
 
@@ -152,6 +156,26 @@ def test_a_card_of_another_precision(tmp_path: Path, onnx_folder: Path) -> None:
     assert "model.onnx: its precision is fp32, its card.json says fp16" in refused(folder)
 
 
+def test_a_card_of_other_weights(tmp_path: Path, onnx_folder: Path) -> None:
+    folder = put_card(Path(shutil.copytree(onnx_folder, tmp_path / "out")), weights_sha256="0" * 63 + "1")
+    assert re.search(r"model.onnx: its weights_sha256 is \w{64}, its card.json says 0{63}1$", refused(folder))
+
+
+def test_labels_in_another_order_than_the_files_own(tmp_path: Path, onnx_folder: Path) -> None:
+    folder = Path(shutil.copytree(onnx_folder, tmp_path / "out"))
+    labels = json.loads((folder / "labels.json").read_text())
+    (folder / "labels.json").write_text(json.dumps(labels[::-1]))
+    said = json.loads((folder / "card.json").read_text())["files"]
+    put_card(folder, files=said | {"labels.json": file_sha256(folder / "labels.json")})
+    assert "model.onnx: its labels is ['airplane'" in refused(folder)
+
+
+def test_classes_that_are_called_by_their_numbers(tmp_path: Path) -> None:
+    numbered = calibrated("sd_resnet20", pretrained_cfg_overlay={"label_names": [*map(str, range(10))]})
+    export(numbered, "onnx", tmp_path / "digits")
+    assert load_predictor(tmp_path / "digits").top(FILES[0], 1)[0][0].label.isdigit()
+
+
 def test_an_engine_without_its_card(tmp_path: Path) -> None:
     (tmp_path / "model.engine").touch()
     assert "has no card.json beside it" in refused(tmp_path / "model.engine")
@@ -169,7 +193,7 @@ def test_metadata_that_lack_something(tmp_path: Path, metadata: dict[str, str], 
     assert f"its metadata lack {missing}" in refused(write(tmp_path / "x.onnx", linear_graph(), metadata))
 
 
-@pytest.mark.parametrize("version", ["sdzoo-99", "sdzoo-2"])
+@pytest.mark.parametrize("version", ["sdzoo-99", "sdzoo-1"])
 def test_a_file_of_another_format(tmp_path: Path, metadata: dict[str, str], version: str) -> None:
     """Also without the producer's name, which the quantiser replaces."""
     path = write(tmp_path / "x.onnx", linear_graph(), metadata | {"format": json.dumps(version)})

@@ -177,13 +177,19 @@ def test_copies_are_no_other_pictures(tmp_path: Path) -> None:
     (tmp_path / "dog/2.png").symlink_to(tmp_path / "cat/1.png")
     given = images_of(tmp_path, CONFIG)
     assert given.digests == [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in given.names]
-    assert (len(given), given.distinct, numbered(3).distinct) == (4, 2, 3)
+    assert given.labels is not None
+    assert (given.names, given.labels.tolist()) == (("cat/1.png", "dog/1.png"), [0, 1])
+    assert given.origin == f"2 pictures of {tmp_path.name} (copies left out: 2)"
+    batches = [indices for batch in given.order() for indices in batch]
+    assert {index: batches.count(index) for index in batches} == {0: 42, 1: 42}  # they weigh alike
+    one, other = (blots(1, seed)[0] for seed in (0, 1))
+    np.testing.assert_array_equal(given.read([0, 1]).numpy().transpose(0, 2, 3, 1), [one, other])
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (folder_of(tmp_path, "1.png") / "2.png").symlink_to("nowhere")
     with pytest.raises(InputError, match=f"cannot read {tmp_path}/2.png: No such file"):
-        _ = images_of(tmp_path, CONFIG).digests
+        images_of(tmp_path, CONFIG)
 
 
 # Calibrating and judging
@@ -194,14 +200,14 @@ def test_a_picture_in_both_folders_is_found_whatever_its_name(tmp_path: Path) ->
     calibrating = folder_of(tmp_path / "calibrating", "x.png")
     Image.fromarray(blots(1, seed=9)[0]).save(calibrating / "x.png")
     given = images_of(judging, CONFIG)
-    check_apart(calibrating, given)
+    check_apart(images_of(calibrating, CONFIG), given)
     shutil.copy(judging / "dog/2.png", calibrating / "y.png")
     with pytest.raises(InputError) as caught:
-        check_apart(calibrating, given)
+        check_apart(images_of(calibrating, CONFIG), given)
     assert f"{calibrating}/y.png is also {judging}/dog/2.png" in str(caught.value)
 
 
 def test_a_folder_is_not_apart_from_itself(tmp_path: Path) -> None:
     folder_of(tmp_path, "1.png")
     with pytest.raises(InputError, match="calibrate on other images"):
-        check_apart(tmp_path, images_of(tmp_path, CONFIG))
+        check_apart(images_of(tmp_path, CONFIG), images_of(tmp_path, CONFIG))

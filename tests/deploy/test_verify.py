@@ -189,7 +189,7 @@ def seen(few: Path, calibration: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "reference", "engine"])
+@pytest.mark.parametrize("kind", ["folder", "file", "predictor", "reference", "engine"])
 def test_pictures_that_calibrated_do_not_judge(
     classifier: Net,
     int8_folder: Path,
@@ -207,33 +207,44 @@ def test_pictures_that_calibrated_do_not_judge(
         int8 = tmp_path / "engine"
         options = {"precision": "int8", "images": few, "calibration": calibration}
         export(classifier, "tensorrt", int8, **options, max_drop=20)  # type: ignore[arg-type]
-    pair = (int8, classifier) if kind == "reference" else (classifier, int8)
+    opened = load_predictor(int8) if kind == "predictor" else int8
+    pair = (int8, classifier) if kind == "reference" else (classifier, opened)
     assert isinstance(verify(*pair, few, 20), Accuracy)
-    with pytest.raises(InputError, match=rf"{seen}/frog/another\.png calibrated {int8}: judge on other images"):
+    called = "sd_resnet20" if kind == "predictor" else int8
+    with pytest.raises(InputError, match=rf"{seen}/frog/another\.png calibrated {called}: judge on other images"):
         verify(*pair, seen, 20)
 
 
-@pytest.mark.parametrize("parity", ["[]", "{", "{}", None])
+@pytest.mark.parametrize(
+    ("parity", "said"),
+    [
+        ("[]", "does not say what calibrated it"),
+        ("{}", "does not say what calibrated it"),
+        ("{", "is damaged: its metadata cannot be read"),
+        (None, ".*its metadata lack parity"),
+    ],
+)
 def test_int8_files_that_do_not_say_what_calibrated_them(
-    classifier: Net, int8_folder: Path, few: Path, tmp_path: Path, parity: str | None
+    classifier: Net, int8_folder: Path, few: Path, tmp_path: Path, parity: str | None, said: str
 ) -> None:
     """They could be judged on the very pictures that calibrated them."""
     proto = onnx.load(int8_folder / "model.onnx")
     kept = {prop.key: prop.value for prop in proto.metadata_props if prop.key != "parity"}
     onnx.helper.set_model_props(proto, kept if parity is None else kept | {"parity": parity})
     path = save_sealed(proto, tmp_path / "x.onnx")
-    with pytest.raises(InputError, match=f"{path} does not say what calibrated it"):
+    with pytest.raises(InputError, match=f"{path}:? {said}"):
         verify(classifier, path, few, 20)
 
 
-def test_copies_of_a_picture_are_said_where_the_proof_is(classifier: Net, few: Path, tmp_path: Path) -> None:
+def test_copies_of_a_picture_are_said_and_not_compared(classifier: Net, few: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(few, tmp_path / "copied"))
     pictures = sorted(folder.glob("*/*.png"))
     distinct = len({picture.read_bytes() for picture in pictures})
     shutil.copy(pictures[0], folder / "frog" / "copy.png")
     card = export(classifier, "onnx", tmp_path / "exported", images=folder)
     assert isinstance(card.parity, dict)
-    assert card.parity["inputs"] == f"{len(pictures) + 1} pictures of copied, {distinct} of them distinct"
+    copies = len(pictures) + 1 - distinct
+    assert card.parity["inputs"] == f"{distinct} pictures of copied (copies left out: {copies})"
 
 
 @pytest.mark.parametrize("max_drop", [float("nan"), -5, 1e9])

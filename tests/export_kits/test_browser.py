@@ -405,9 +405,9 @@ def test_file_that_is_no_usable_picture(page: Chromium, tmp_path: Path, folder: 
     [
         ("card.json", None, "There is no model here: model/card.json was not found (404)"),
         ("card.json", b"{", "card.json is damaged"),
-        ("card.json", b"{}", 'card.json is not of the format "sdzoo-1"'),
-        ("card.json", b"null", 'card.json is not of the format "sdzoo-1"'),
-        ("card.json", b'{"format": "sdzoo-1"}', "card.json is damaged: its sha256 is not the seal in it"),
+        ("card.json", b"{}", 'card.json is not of the format "sdzoo-2"'),
+        ("card.json", b"null", 'card.json is not of the format "sdzoo-2"'),
+        ("card.json", b'{"format": "sdzoo-2"}', "card.json is damaged: its sha256 is not the seal in it"),
         ("model.onnx", None, "model/model.onnx was not found (404)"),
         ("model.onnx", b"x", "model.onnx is damaged: its sha256 is not the one in card.json"),
         ("labels.json", b"[]", "labels.json is damaged: its sha256 is not the one in card.json"),

@@ -99,7 +99,7 @@ def test_damaged_or_missing_file(own_folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": "other"}, 'not of the format "sdzoo-1"'),
+        ({"format": "other"}, 'not of the format "sdzoo-2"'),
         ({"file": "labels.json"}, "holds labels.json; this kit runs what `sdzoo export --to onnx` wrote"),
         ({"file": "model.engine"}, "has no sha256 of model.engine"),
         ({"files": {}}, "has no sha256 of labels.json, model.onnx"),
