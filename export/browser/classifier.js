@@ -8,7 +8,7 @@ const RUNTIME = new URL("runtime/", import.meta.url).href;
 export async function loadModel(folder) {
   const content = await fetched(folder, "card.json");
   const card = parsed(content, "card.json");
-  if (card?.format !== "sdzoo-2") throw new Error('card.json is not of the format "sdzoo-1".');
+  if (card?.format !== "sdzoo-2") throw new Error('card.json is not of the format "sdzoo-2".');
   const unsealed = new TextDecoder().decode(content).replaceAll(card.seal, "0".repeat(64));
   if ((await sha256(new TextEncoder().encode(unsealed))) !== card.seal)
     throw new Error("card.json is damaged: its sha256 is not the seal in it.");
