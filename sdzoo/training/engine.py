@@ -28,14 +28,15 @@ from sdzoo.training.data.streaming import lost_workers_named
 from sdzoo.training.distributed import Processes, Shard, processes
 from sdzoo.training.environment import deterministic, differences, environment
 from sdzoo.training.evaluate import Stopped, evaluate
+from sdzoo.training.history import History
 from sdzoo.training.identity import Identity
+from sdzoo.training.logs import Logs
 from sdzoo.training.model import create_model
-from sdzoo.training.profiling import profiler_into, tensorboard_writer
-from sdzoo.training.progress import Progress
+from sdzoo.training.profiling import profiler_into
 from sdzoo.training.recipe import Recipe
-from sdzoo.training.run_folder import EPOCH_COLUMNS, RunFolder, StepLog
+from sdzoo.training.run_folder import RunFolder
 from sdzoo.training.signals import sigterm_raises, stop_on_signal
-from sdzoo.training.step import Diverged, Step, Trainer
+from sdzoo.training.step import Diverged, Trainer
 from sdzoo.training.streams import stream_seed
 
 CHECKPOINT_INTERVAL_S = 300.0
@@ -157,13 +158,10 @@ class Run:
         )
         self._check_processes_agree()
         self.trainer = Trainer(recipe, model, self.training_data.steps, team)
-        self.progress = Progress()
-        self.rows: list[dict[str, Any]] = []
+        self.history = History()
+        self.logs: Logs | None = None
         self.environment = environment(recipe, team)
-        self.trained_in: list[dict[str, Any]] = []
-        self.forced: list[str] = []
         self.force_is_new = False
-        self.corrupt: dict[str, str] = {}
 
     def _evaluation_data(self, split: str, shard: Shard | None = None) -> EvaluationData:
         return open_evaluation_data(
@@ -186,25 +184,20 @@ class Run:
 
     def execute(self) -> Path:
         """Train from where the run stands to its end and return the file of the best weights."""
-        progress, leads = self.progress, self.team.leads
+        history, leads = self.history, self.team.leads
+        progress = history.progress
         with ExitStack() as stack:
             stop = stack.enter_context(stop_on_signal())
-            if progress.epoch < self.trainer.epochs and self.trained_in[-1:] != [self.environment]:
-                self.trained_in.append(self.environment)
-            self.step_log: StepLog | None = None
-            self.board: Any = None
+            if progress.epoch < self.trainer.epochs and history.trained_in[-1:] != [self.environment]:
+                history.trained_in.append(self.environment)
             if leads:
                 if progress.epoch < self.trainer.epochs:
                     self.folder.result.unlink(missing_ok=True)
                 self.folder.write_recipe(self.recipe.to_yaml())
-                self.folder.write_log(self.rows)
-                self.step_log = StepLog(self.folder.steps, progress)
+                self.logs = Logs(self.folder, history, self.comforts.tensorboard)
+                stack.callback(self.logs.close)
                 if self.force_is_new:  # the logs are no longer those that the checkpoint knows
                     self._save_last()
-                stack.callback(self.step_log.close)
-                if self.comforts.tensorboard:
-                    self.board = tensorboard_writer(self.folder.path, progress.step)
-                    stack.callback(self.board.close)
             profiler = stack.enter_context(profiler_into(self.folder.path)) if leads and self.comforts.profile else None
             self.saved_at = time.monotonic()
             try:
@@ -220,7 +213,7 @@ class Run:
 
     def _train_epoch(self, stop: threading.Event, profiler: Any) -> None:
         """Do what is left of the epoch's steps."""
-        progress, trainer = self.progress, self.trainer
+        progress, trainer = self.history.progress, self.trainer
         trainer.enter_epoch()
         steps, images = self.training_data.steps, self.recipe.batch_size * self.recipe.grad_accum_steps
         micro_batches = _Timed(self.training_data.epoch(progress.epoch, progress.batch))
@@ -239,7 +232,9 @@ class Run:
                 step = trainer.step(progress.step, micro_batches, stop.is_set())
                 waited = micro_batches.waited_s - waited
                 done = time.perf_counter()
-                self._count(step)
+                progress.count(step.loss, step.live_blocks, step.first_conv_gradient)
+                if self.logs:
+                    self.logs.step(progress, step)
                 progress.data_s += waited
                 progress.step_s += done - started - waited
                 left_s = (done - begun) / (progress.step - done_before) * (trainer.epochs * steps - progress.step)
@@ -269,19 +264,8 @@ class Run:
         kept = kept if saved or self.folder.last.is_file() else "nothing was saved yet"
         raise Interrupted(f"stopped {where}; {kept}")
 
-    def _count(self, step: Step) -> None:
-        progress = self.progress
-        progress.count(step.loss, step.live_blocks, step.first_conv_gradient)
-        if self.step_log:
-            self.step_log.add(
-                progress.step, progress.epoch + 1, step.lr, step.loss, step.live_blocks, step.first_conv_gradient
-            )
-        if self.board:
-            for name in ("loss", "lr", "live_blocks", "first_conv_gradient"):
-                self.board.add_scalar(f"step/{name}", getattr(step, name), progress.step)
-
     def _finish_epoch(self, stop: threading.Event) -> None:
-        progress, trainer, started = self.progress, self.trainer, time.perf_counter()
+        progress, trainer, started = self.history.progress, self.trainer, time.perf_counter()
         if not progress.left:
             trainer.leave_epoch()
             progress.left = True
@@ -297,51 +281,27 @@ class Run:
             self._stop(f"before epoch {progress.epoch + 1} was validated", saved=True)
         progress.validation_s += time.perf_counter() - started
         started = time.perf_counter()
-        row = {
-            "epoch": progress.epoch + 1,
-            "step": progress.step,
-            "lr": trainer.optimizer.param_groups[0]["lr"],
-            "train_loss": round(progress.mean_loss, 5),
-            "live_blocks": round(progress.mean_live_blocks, 3),
-            "seconds": round(progress.seconds, 1),
-            "val_loss": round(validation.loss, 5),
-            "val_top1_percent": round(validation.top1_percent, 3),
-            "first_conv_gradient": float(f"{progress.mean_gradient:.6g}"),
-        }
-        self.rows.append(row)
-        is_best = validation.top1_percent > progress.best_top1_percent
-        if is_best:
-            progress.best_epoch, progress.best_top1_percent = progress.epoch + 1, validation.top1_percent
-        progress.epoch += 1
-        progress.start_epoch()
-        if self.team.leads:
+        is_best = self.history.end_epoch(trainer.optimizer.param_groups[0]["lr"], validation)
+        if self.logs:
             if is_best:
-                save_weights(self.folder.best, trainer.kept, self.description | row)
+                save_weights(self.folder.best, trainer.kept, self.description | self.history.rows[-1])
             self._save_last()
-            self.folder.write_log(self.rows)
-            if self.board:
-                for name in ("val_loss", "val_top1_percent", "train_loss", "live_blocks", "first_conv_gradient"):
-                    self.board.add_scalar(f"epoch/{name}", row[name], progress.step)
-            best = f"best {progress.best_top1_percent:.2f} % at {progress.best_epoch}"
-            print(
-                f"epoch {row['epoch']}/{trainer.epochs}: loss {row['train_loss']:.3f}, "
-                f"val top-1 {validation.top1_percent:.2f} % ({best}), "
-                f"live blocks {row['live_blocks']:.2f} of {len(self.identity.survival_probs)}, {row['seconds']:.0f} s",
-                flush=True,
-            )
+            self.logs.epoch(self.history, trainer.epochs, len(self.identity.survival_probs))
         progress.log_s += time.perf_counter() - started
 
     def _gather_corrupt(self) -> None:
         """Say which images could not be read, on whatever process; the limit is that of the run."""
-        found = self.corrupt | self.team.union(self.training_data.corrupt)
+        known = self.history.corrupt
+        found = known | self.team.union(self.training_data.corrupt)
         check_few(found, self.training_data.images)
-        if self.team.leads and (new := sorted(found.keys() - self.corrupt.keys())):
+        if self.team.leads and (new := sorted(found.keys() - known.keys())):
             print(f"{len(new)} corrupt training images are substituted: {', '.join(new)}", flush=True)
-        self.corrupt = found
+        self.history.corrupt = found
 
     def _finish_run(self) -> None:
         """Measure the test split, if the recipe names one, with the best weights, and write down what came out."""
-        progress, folder, test = self.progress, self.folder, None
+        history, folder, test = self.history, self.folder, None
+        progress = history.progress
         if self.test_data is not None:
             best = load_model(folder.best).to(self.team.device)
             test = evaluate(best, self.test_data)
@@ -365,9 +325,9 @@ class Run:
                 "seconds": {
                     name: round(getattr(progress, f"{name}_s"), 3) for name in ("data", "step", "log", "validation")
                 },
-                "corrupt_training_images": sorted(self.corrupt),
-                "environment": self.trained_in,
-                "forced": self.forced,
+                "corrupt_training_images": sorted(history.corrupt),
+                "environment": history.trained_in,
+                "forced": history.forced,
                 # by which it is seen later that these are still the files of this result
                 "sha256": {
                     file.name: file_sha256(file)
@@ -388,20 +348,16 @@ class Run:
 
     def _save_last(self) -> None:
         self.saved_at = time.monotonic()
-        if not self.team.leads:
+        if not self.logs:
             return
-        assert self.step_log is not None
-        self.step_log.flush()
+        self.logs.flush()
+        progress, corrupt = self.history.progress, self.history.corrupt | self.training_data.corrupt
         state = self.description | self.trainer.state() | self.identity.record()
+        state |= dataclasses.replace(self.history, corrupt=corrupt).record()
         state |= {
-            "epoch": self.progress.epoch,
-            "metric": self.progress.best_top1_percent,
-            "global_step": self.progress.step,
-            "progress": dataclasses.asdict(self.progress),
-            "environment": self.trained_in,
-            "forced": self.forced,
-            "rows": self.rows,
-            "corrupt": self.corrupt | self.training_data.corrupt,
+            "epoch": progress.epoch,
+            "metric": progress.best_top1_percent,
+            "global_step": progress.step,
             "steps_per_epoch": self.training_data.steps,
         }
         save_run(self.folder.last, state)
@@ -435,36 +391,33 @@ class Run:
         if (faults or lost) and not force:
             other = [f"{last} is from another run: {'; '.join(faults)}"] if faults else []
             raise InputError(f"{'; '.join(other + lost)}; --force goes on all the same, if epochs are left")
-        self.trained_in = list(rest["environment"])
-        if self.team.leads and (other := differences(self.trained_in[-1], self.environment)):
+        history = History.of(rest)
+        if self.team.leads and (other := differences(history.trained_in[-1], self.environment)):
             print(f"not bit for bit from here on: {'; '.join(other)}", flush=True)
-        progress = {field.name: rest["progress"][field.name] for field in dataclasses.fields(Progress)}
-        rows = [{name: row[name] for name in EPOCH_COLUMNS} for row in rest["rows"]]
         anew = self.trainer.restore({**rest, "state_dict": weights}, str(last))
         if self.team.leads and anew:
             print(f"not in {last}, starting anew: {', '.join(anew)}", flush=True)
-        self.progress, self.rows, self.forced = Progress(**progress), rows, list(rest.get("forced", []))
+        self.history, progress = history, history.progress
         if faults or lost:
             self._force(faults + lost)
-        self.corrupt = dict(rest.get("corrupt", {}))
         # Forced: there is no figure to compare with.
         if lost_best or rest.get("validation_data_sha256") != self.validation_data.fingerprint:
-            self.progress.best_epoch, self.progress.best_top1_percent = 0, -1.0
+            progress.best_epoch, progress.best_top1_percent = 0, -1.0
         steps = self.training_data.steps
         if rest.get("steps_per_epoch", steps) != steps:  # forced onto other data: from the start of the epoch
-            self.progress.start_epoch()
-            self.progress.step = self.progress.epoch * steps
+            progress.start_epoch()
+            progress.step = progress.epoch * steps
 
     def _force(self, faults: list[str]) -> None:
-        done = self.progress.epoch
+        done = self.history.progress.epoch
         if done >= self.trainer.epochs:
             raise InputError(
                 f"{self.folder.last} has {done} epochs, the recipe {self.trainer.epochs}: none is left to go on with, "
                 f"forced or not ({'; '.join(faults)})"
             )
-        self.forced.append(f"from epoch {done + 1} on: {'; '.join(faults)}")
+        self.history.forced.append(f"from epoch {done + 1} on: {'; '.join(faults)}")
         if self.team.leads:
-            print(f"forced {self.forced[-1]}", flush=True)
+            print(f"forced {self.history.forced[-1]}", flush=True)
         self.force_is_new = True
 
 
