@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +86,15 @@ def add_commands(commands: Commands) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from PIL.Image import DecompressionBombWarning
+
     from sdzoo.images import open_image
 
     predictor = open_predictor(arguments)
-    for image in arguments.image:  # all faults before any answer
-        open_image(image, predictor.config["input_size"][0], arguments.convert)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DecompressionBombWarning)  # whether a picture is too large is said by us
+        for image in arguments.image:  # all faults before any answer
+            open_image(image, predictor.config["input_size"][0], arguments.convert)
     print(f"{predictor.name}, {predictor.provider}")
     width = max(len(str(image)) for image in arguments.image) + 2
     for image, best in zip(arguments.image, predictor.top(arguments.image, arguments.top), strict=True):
@@ -117,10 +122,12 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"exporting {arguments.model} to {output}: {arguments.to}, {arguments.precision}", flush=True)
     model = open_model(arguments.model, arguments.arch)
     if one_file:
-        print(f"verified: {export_onnx(model, output, **settings, progress=show_progress)}")
-        print(f"next: sdzoo predict IMAGE --model {shlex.quote(str(output))}")
+        with warnings_on_one_line():
+            proof = export_onnx(model, output, **settings, progress=show_progress)
+        print(f"verified: {proof}\nnext: sdzoo predict IMAGE --model {shlex.quote(str(output))}")
         return
-    card = export(model, arguments.to, output, backend=arguments.backend, progress=show_progress, **settings)
+    with warnings_on_one_line():
+        card = export(model, arguments.to, output, backend=arguments.backend, progress=show_progress, **settings)
     show_progress("")
     print(f"{output / card.file}, parity: {card.compared}\nnext: {card.serve}")
 
@@ -167,18 +174,19 @@ def _bench(arguments: argparse.Namespace) -> None:
         config = input_config(model)
         calibrate_batchnorm(model, [normalised(default_images(config).read(range(17)), config)])
     print(f"timing {arguments.model}, {arguments.samples} calls a row", flush=True)
-    rows = benchmark(
-        model.to(device),
-        arguments.targets,
-        arguments.batch,
-        arguments.threads,
-        arguments.samples,
-        images=arguments.images,
-        calibration=arguments.calibration,
-        max_drop=arguments.max_drop,
-        progress=show_progress,
-        note=lambda text: print(text, flush=True),
-    )
+    with warnings_on_one_line():
+        rows = benchmark(
+            model.to(device),
+            arguments.targets,
+            arguments.batch,
+            arguments.threads,
+            arguments.samples,
+            images=arguments.images,
+            calibration=arguments.calibration,
+            max_drop=arguments.max_drop,
+            progress=show_progress,
+            note=lambda text: print(text, flush=True),
+        )
     _print_rows(rows)
     if arguments.output:
         from sdzoo.deploy.benchmark_csv import write_rows

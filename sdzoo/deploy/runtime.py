@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdzoo.deploy.card import CARD, ENGINE_SUFFIX, FORMAT, Card, names, read_card, read_labels
+from sdzoo.deploy.card import CARD, ENGINE_SUFFIX, FORMAT, LABELS, Card, names, read_card, read_labels
 from sdzoo.deploy.predictor import Predictor
 from sdzoo.deploy.session import check_threads, open_session
 from sdzoo.description import check_description
@@ -111,7 +111,9 @@ def _onnx(
         return _foreign(session, path)
     metadata = _metadata(session, path)
     if card is not None:
-        _check_alike(card, labels, metadata | {"labels": names(metadata["labels"])}, path)
+        _check_alike(card, metadata, path)
+        if labels != names(metadata["labels"]):
+            raise InputError(f"{path}: its labels are not those in {LABELS}")
     inputs, outputs = session.get_inputs(), session.get_outputs()
     size, in_graph = metadata["input_size"], metadata["preprocess"] == "in-graph"
     shape = [*size[1:], size[0]] if in_graph else size
@@ -121,6 +123,10 @@ def _onnx(
         got = ", ".join(f"{i.type} {i.shape}" for i in inputs) or "nothing"
         raise InputError(f"{path} takes {got}; its metadata say {kind} (batch, {shape})")
     output = outputs[0].name
+    if card is not None:
+        puts = (card.input["name"], card.input["dtype"], card.input["shape"][1:], card.output["name"])
+        if puts != (inputs[0].name, f"{kind}{'' if in_graph else '32'}", shape, output):
+            raise InputError(f"{path} computes {output} of {inputs[0].name}, {kind} {shape}; its {CARD} says otherwise")
 
     def run(batch: NDArray[Any]) -> NDArray[np.float32]:
         return session.run([output], {inputs[0].name: batch})[0]
@@ -142,14 +148,12 @@ def _onnx(
     )
 
 
-def _check_alike(card: Card, labels: list[str] | None, metadata: dict[str, Any], path: Path) -> None:
+def _check_alike(card: Card, metadata: dict[str, Any], path: Path) -> None:
     """Check that the card beside a file, by which others feed it, says what the file itself says."""
-    said = card.preprocessing | {
-        "preprocess": card.preprocessing["where"],
-        "precision": card.precision,
-        "weights_sha256": card.weights_sha256,
-        "labels": labels,
-    }
+    same = ("model", "precision", "weights_sha256", "survival_probs")
+    said = (
+        card.preprocessing | {"preprocess": card.preprocessing["where"]} | {name: getattr(card, name) for name in same}
+    )
     for name, value in said.items():
         if name in metadata and metadata[name] != value:
             raise InputError(f"{path}: its {name} is {str(metadata[name])[:80]}, its {CARD} says {str(value)[:80]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,9 @@ def _bundled(config: dict[str, Any]) -> Images:
 
 
 def images_of(folder: str | Path, config: dict[str, Any]) -> Images:
-    """Return the pictures of ``folder``, with labels if they lie in folders named by class; of copies the first.
+    """Return the pictures of ``folder``, with labels if they lie in folders named by class.
+
+    What lies there more than once counts once; what lies in two classes is left out. A warning says so.
 
     Raises:
         InputError: if there are no pictures, or a file cannot be read; reading a picture raises as
@@ -138,12 +141,15 @@ def images_of(folder: str | Path, config: dict[str, Any]) -> Images:
     """
     root = Path(folder)
     found = read_image_folder(root, need_classes=False)
-    first: dict[str, int] = {}
+    same: dict[str, list[int]] = {}
     try:
         for index, name in enumerate(found.files):
-            first.setdefault(file_sha256(root / name), index)
+            same.setdefault(file_sha256(root / name), []).append(index)
     except OSError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    first = {
+        digest: i for digest, (i, *others) in same.items() if all(found.labels[i] == found.labels[j] for j in others)
+    }
     names = tuple(found.files[index] for index in first.values())
     labels = torch.tensor(found.labels)[list(first.values())] if found.classes else None
     resize, in_chans = resizer(config), config["input_size"][0]
@@ -151,8 +157,16 @@ def images_of(folder: str | Path, config: dict[str, Any]) -> Images:
     def read(index: int) -> NDArray[np.uint8]:
         return resize(open_image(root / names[index], in_chans, convert=True))
 
-    copies = len(found.files) - len(names)
-    origin = f"{len(names)} pictures of {root.name}" + (f" (copies left out: {copies})" if copies else "")
+    origin = f"{len(names)} pictures of {root.name}"
+    contradicted = sum(len(files) for digest, files in same.items() if digest not in first)
+    copies = len(found.files) - contradicted - len(names)
+    kinds = ((copies, "copies"), (contradicted, "files in two classes"))
+    if left_out := ", ".join(f"{count} {kind}" for count, kind in kinds if count):
+        left_out = f"left out: {left_out}"
+        warnings.warn(f"{root}: {left_out}", stacklevel=2)
+        origin += f" ({left_out})"
+    if not names:
+        raise InputError(f"{root} holds nothing but copies in two classes")
     return Images(origin, names, read, found.classes, labels, root=root, digests=list(first))
 
 

@@ -171,19 +171,31 @@ def test_pictures_without_classes_fit_any_model(tmp_path: Path) -> None:
 
 
 def test_copies_are_no_other_pictures(tmp_path: Path) -> None:
-    """Whatever they are called, and wherever they lie."""
-    folder_of(tmp_path, "cat/1.png", "dog/1.png")
-    shutil.copy(tmp_path / "cat/1.png", tmp_path / "cat/2.png")
-    (tmp_path / "dog/2.png").symlink_to(tmp_path / "cat/1.png")
-    given = images_of(tmp_path, CONFIG)
+    """Whatever they are called. What is said to be of two classes judges nothing."""
+    folder_of(tmp_path, "cat/1.png", "dog/1.png", "cat/3.png")
+    shutil.copy(tmp_path / "cat/1.png", tmp_path / "cat/0.png")
+    (tmp_path / "cat/2.png").symlink_to(tmp_path / "cat/1.png")
+    shutil.copy(tmp_path / "cat/3.png", tmp_path / "dog/0.png")
+    said = "left out: 2 copies, 2 files in two classes"
+    with pytest.warns(UserWarning, match=f"^{tmp_path}: {said}$"):
+        given = images_of(tmp_path, CONFIG)
     assert given.digests == [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in given.names]
     assert given.labels is not None
-    assert (given.names, given.labels.tolist()) == (("cat/1.png", "dog/1.png"), [0, 1])
-    assert given.origin == f"2 pictures of {tmp_path.name} (copies left out: 2)"
+    assert (given.names, given.labels.tolist()) == (("cat/0.png", "dog/1.png"), [0, 1])
+    assert given.origin == f"2 pictures of {tmp_path.name} ({said})"
     batches = [indices for batch in given.order() for indices in batch]
     assert {index: batches.count(index) for index in batches} == {0: 42, 1: 42}  # they weigh alike
     one, other = (blots(1, seed)[0] for seed in (0, 1))
     np.testing.assert_array_equal(given.read([0, 1]).numpy().transpose(0, 2, 3, 1), [one, other])
+
+
+def test_nothing_but_pictures_in_two_classes(tmp_path: Path) -> None:
+    shutil.copy(folder_of(tmp_path, "cat/1.png", "dog/1.png") / "cat/1.png", tmp_path / "dog/1.png")
+    with (
+        pytest.warns(UserWarning, match="2 files in two"),
+        pytest.raises(InputError, match="nothing but copies in two"),
+    ):
+        images_of(tmp_path, CONFIG)
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
