@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from sdzoo.errors import shown
 from sdzoo.hub.remote import HubError, one_line
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+INCOMPLETE = "incomplete-"
+ABANDONED_S = 86_400.0  # nothing was written for so long: its process was killed
 
 
 def cached(cache: Path, repo: str, revision: str, name: str) -> Path | None:
@@ -95,7 +99,8 @@ def _replacing(place: Path, folder: Path, cache: Path) -> Iterator[Path]:
     """Yield a temporary path in ``folder`` that becomes ``place`` if the block succeeds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="incomplete-", dir=folder) as scratch:
+        _remove_abandoned(folder)
+        with tempfile.TemporaryDirectory(prefix=INCOMPLETE, dir=folder) as scratch:
             temporary = Path(scratch, "file")
             yield temporary
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -104,3 +109,10 @@ def _replacing(place: Path, folder: Path, cache: Path) -> Iterator[Path]:
         if error.errno is None:  # the Hub's
             raise
         raise OSError(f"the cache {cache} (HF_HOME) cannot be written: {error.strerror}") from None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for scratch in folder.glob(f"{INCOMPLETE}*"):
+        with suppress(OSError):  # as another process has removed it
+            if time.time() - max(path.lstat().st_mtime for path in (scratch, *scratch.iterdir())) > ABANDONED_S:
+                shutil.rmtree(scratch)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdzoo.digest import file_sha256, seal_holds
 from sdzoo.errors import InputError
-from sdzoo.hub.private import private_paths, public_recipe, without_path
+from sdzoo.hub.private import private_texts, public_recipe, public_text
 from sdzoo.training.recipe import Recipe, SdzooSettings
 from sdzoo.training.recipe_yaml import load_yaml
 from sdzoo.training.run_folder import RunFolder
@@ -24,6 +25,7 @@ WANTED = {
 RAN = ("sdzoo", "torch", "timm", "machine", "device", "threads", "world")
 ANEW = "remove it and run sdzoo train --resume: nothing is trained again, test is measured again"
 ROUNDING = 5.1e-4  # of the log
+FORCED = re.compile(r"^from epoch (\d+) on: ")  # and then which keys: paths may be among their values
 
 
 @dataclass(frozen=True)
@@ -51,26 +53,26 @@ class Measured:
     Attributes:
         folder: Where it lies.
         recipe: All keys with their values, as others may see them.
-        private_paths: What was cut from it.
+        cut: Every text that was cut from it, and under which key it stood.
         data: The data set's name in recipes, or that of its folder.
         training_images: How many it trained on.
         corrupt_images: How many of them could not be read.
         figures: None if they are not to be used.
         training_s: Seconds of training and validation.
         environment: Versions, machine, device, threads, processes of all sessions that trained, in order.
-        forced: How often it was resumed by force: then its recipe is only the last of those that made it.
+        forced: In which epochs it was resumed by force: then its recipe is only the last of those that made it.
     """
 
     folder: RunFolder = field(compare=False)
     recipe: Recipe
-    private_paths: frozenset[str]
+    cut: dict[str, str]
     data: str
     training_images: int
     corrupt_images: int
     figures: Figures | None
     training_s: float
     environment: list[dict[str, Any]]
-    forced: int
+    forced: tuple[int, ...]
 
 
 def read_measured(folder: str | Path, no_metrics: bool = False) -> Measured:
@@ -96,14 +98,14 @@ def read_measured(folder: str | Path, no_metrics: bool = False) -> Measured:
     return Measured(
         folder=run,
         recipe=recipe,
-        private_paths=private_paths(given),
-        data=without_path(result["data"]),
+        cut=private_texts(given),
+        data=public_text(result["data"]),
         training_images=result["images"]["train"],
         corrupt_images=len(result["corrupt_training_images"]),
         figures=figures,
         training_s=sum(result["seconds"].values()),
         environment=result["environment"],
-        forced=len(result["forced"]),
+        forced=tuple(int(epoch) for said in result["forced"] for epoch in FORCED.findall(said)),
     )
 
 
@@ -129,6 +131,8 @@ def _read(file: Path) -> dict[str, Any]:
     numbers = type(images.get("train")) is int and all(type(value) in (int, float) for value in seconds)
     if not numbers or not ran or not all(_told(one.get(name)) for one in ran for name in RAN):
         raise InputError(f"{file} is damaged: its images, seconds or environment; {ANEW}")
+    if not all(isinstance(said, str) and FORCED.match(said) for said in result["forced"]):
+        raise InputError(f"{file} is damaged: when it was forced; {ANEW}")
     if not seal_holds(content, result["seal"]):
         raise InputError(f"{file} was changed after its run had written it; {ANEW}")
     return result

@@ -179,8 +179,9 @@ def _eval_results(figures: Figures, data: str, hub_id: str | None) -> list[EvalR
 def _training_rows(measured: Measured, data: str) -> dict[str, Any]:
     recipe = measured.recipe
     corrupt = f", {measured.corrupt_images} of them corrupt and substituted" if measured.corrupt_images else ""
-    times = f"{measured.forced} time{'s' * (measured.forced > 1)}"
-    forced = f"; the last of several: resumed by force {times}" if measured.forced else ""
+    epochs = ", ".join(map(str, measured.forced))
+    many = "s" * (len(measured.forced) > 1)
+    forced = f"; the last of several: resumed by force in epoch{many} {epochs}" if measured.forced else ""
     return {
         "data": f"{data}: {measured.training_images:,} training images{corrupt}",
         "recipe": "`recipe.yaml`, every value in `recipe_resolved.yaml`" + forced,

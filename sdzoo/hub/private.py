@@ -1,75 +1,87 @@
-"""What of this machine stays on it when a model leaves: paths, and the names of host and user."""
+"""What of this machine stays on it when a model leaves: paths, secrets, and the names of host and user.
+
+Of what a recipe says, what is known to be harmless is published, and nothing else: no list of what is private is whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import getpass
+import html
 import re
 import socket
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
+
 from sdzoo.errors import InputError
-from sdzoo.hub.layout import CURVE, MODEL, ONNX
+from sdzoo.hub.layout import CARD, CURVE, MODEL, ONNX
 from sdzoo.training.recipe import Recipe
 
 SHORTEST = 4  # a shorter name is likely to be a word too; as part of a path it is none
 COMMON = {"localhost", "root", "user", "admin", "ubuntu", "runner", "train", "test", "data", "model", "image", "sdzoo"}
 BINARY = (MODEL, ONNX, CURVE)  # chance alone writes a short path there
 PRIVATE = "<private>"
-# A slash that nothing stands before, as in /x, ~/x and C:\x; or a step upwards.
-_LEADS_OUT = re.compile(r"(?<![\w.*)}\]-])[/\\~]|(?:^|[/\\])\.\.(?:[/\\]|$)")
-# A command, an address, a host, what follows it: any part may be a secret. A letter and a colon are a drive.
-_ADDRESS = re.compile(r"^\s*[\w+.@-]{2,}:|pipe:|://|@[\w.-]+[:/]|\w@\w|[?&;#]\s*[\w-]+=")
-_ON_THE_HUB = re.compile(r"(?:hf-)?hub:[\w.-]+/[\w.-]+(?:@[\w.-]+)?")
-_LEFT = re.compile(r"\bpipe:|://[^\s/]*@|[?&;]\s*[\w-]*(?:token|key|secret|signature|password)=", re.IGNORECASE)
+_WORD = r"(?:[^\W_]{0,8}|[^\W\d_]*\d*[^\W\d_]*)(?:\.\d{1,6})?[^\W\d_]*"  # sgd, cifar10, 32x4d, mstd0.5
+_PART = rf"(?:\{{\d+\.\.\d+\}}|\d+\.\.\d+|{_WORD})"  # or the numbers of shards
+# Words and numbers, as train[:90%], rand-m9-mstd0.5, wds/ring, ring-{000..004}.tar|1200 and ring_v2.safetensors are.
+_PLAIN = re.compile(
+    r"(?!.{101})(?!.*[^\W_]{16})"  # a key is longer than a word
+    r"(?![^.\[]*:)"  # before a colon: a host, a scheme; but after shards their number of images
+    rf"(?:(?:torch|wds)/)?{_PART}(?:[-_+,]{_PART})*(?:\[\d*%?:\d*%?\])?"
+    r"(?:\.(?:safetensors|pth|pt|th|bin|ckpt|tar|tgz|gz|zip|yaml|json))*(?:[|:]\d+)?"
+)
+_PATH = re.compile(r"(?:[A-Za-z]:)?[^\s:@?#&;=|<>\"'`]*[/\\]([^/\\]+)[/\\]*")
+_LEFT = re.compile(
+    r"\bpipe:|://[^\s/]*@|[?&;]\s*[\w-]*(?:token|key|secret|signature|password)=|"
+    r"\b(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|akia|asia)\w{16,}",
+    re.IGNORECASE,
+)
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` without where its data lie, of paths that lead out the last part, of addresses nothing."""
-    fields = {field.name: _without_paths(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
-    return dataclasses.replace(recipe, **fields | {"data_dir": None})
+    """Return ``recipe`` with every text, keys of mappings too, as :func:`public_text`, and without its ``data_dir``."""
+    return dataclasses.replace(_public(recipe), data_dir=None)
 
 
-def private_paths(recipe: Recipe) -> frozenset[str]:
-    """Return the values that :func:`public_recipe` cuts, and the words of those that it leaves out."""
-    cut = [text for text in _texts(dataclasses.asdict(recipe)) if without_path(text) != text]
-    words = (word.strip("'\"") for text in cut if _is_address(text) for word in text.split())
-    return frozenset(cut) | {word for word in words if len(word) > SHORTEST and re.search(r"[/\\@:=]", word)}
+def private_texts(recipe: Recipe) -> dict[str, str]:
+    """Return every text that :func:`public_recipe` changes, and under which of the recipe's keys it stands."""
+    return {text: key for text, key in _texts(recipe) if public_text(text) != text}
 
 
-def without_path(text: str) -> str:
-    """Return ``text``, its last part if it is a path that leads out, ``<private>`` if it is an address or a command."""
-    if _is_address(text):
-        return PRIVATE
-    if not _LEADS_OUT.search(text):
+def public_text(text: str) -> str:
+    """Return ``text`` if it is words and numbers, of a path its last part if that is, and else ``<private>``."""
+    if _is_plain(text):
         return text
-    path = re.split(r"[?#]", text)[0].rstrip("/\\")
-    last = re.split(r"[/\\]", path)[-1] if re.search(r"[/\\]", path) else ""
-    return last if last.strip(".~ ") else "unnamed"
+    path = _PATH.fullmatch(text)
+    return path[1] if path and _is_plain(path[1]) else PRIVATE
 
 
-def _is_address(text: str) -> bool:
-    return bool(_ADDRESS.search(text)) and not _ON_THE_HUB.fullmatch(text)
+def _is_plain(text: str) -> bool:
+    return bool(_PLAIN.fullmatch(text)) or timm.is_model_pretrained(text)
 
 
-def _without_paths(value: Any) -> Any:
+def _public(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: _without_paths(item) for name, item in vars(value).items()})
+        return dataclasses.replace(value, **{name: _public(item) for name, item in vars(value).items()})
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    return without_path(value) if isinstance(value, str) else value
+        return {_public(key): _public(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_public, value))
+    return value if value is None or isinstance(value, (int, float)) else public_text(str(value))
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if dataclasses.is_dataclass(value):
+        for name, item in vars(value).items():
+            yield from _texts(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, (dict, list, tuple)):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(item, key)
+    elif value is not None and not isinstance(value, (int, float)):
+        yield str(value), key
 
 
 def private_names_in(text: str) -> list[str]:
@@ -84,28 +96,30 @@ def private_names_in(text: str) -> list[str]:
     return found
 
 
-def check_private(folder: Path, paths: Iterable[str], typed: Collection[str] = ()) -> None:
-    """Check that nothing in ``folder`` names this host, this user, their home, one of ``paths``, or a secret.
+def check_private(folder: Path, private: Collection[str], typed: Collection[str] = ()) -> None:
+    """Check that nothing in ``folder`` names this host, this user, their home, one of ``private``, or a secret.
 
     Args:
         folder: What will be published.
-        paths: Where things lie on this machine.
+        private: Where things lie on this machine, and what was cut: of that, the words are searched for too.
         typed: What the publisher gave in so many words, which may be named like host or user.
 
     Raises:
         InputError: naming the file and what it holds.
     """
-    places = sorted({*paths, str(Path.home())} - {"/", "..", "~"})
+    words = {word.strip("'\"") for text in private for word in text.split()}
+    said = {*private, *(word for word in words if len(word) > SHORTEST and public_text(word) != word)}
+    places = sorted(place for place in {*said, str(Path.home())} if re.search(r"\w", place))
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
         if file.name in BINARY:
             found = [place for place in places if len(place) > 7 and place.encode() in content]
         else:
-            text = content.decode()
+            text = html.unescape(content.decode()) if file.name == CARD else content.decode()
             found = [place for place in places if re.search(rf"(?<![\w.-]){re.escape(place)}(?![\w-])", text)]
             found += sorted({left[0] for left in _LEFT.finditer(text)})
-            for words in sorted(typed, key=len, reverse=True):
-                text = re.sub(_word(words), " ", text)
+            for given in sorted(typed, key=len, reverse=True):
+                text = re.sub(_word(given), " ", text)
             found += private_names_in(text)
         if found:
             raise InputError(f"not published: {file.name} would hold {', '.join(found)}, which belongs to this machine")

@@ -175,7 +175,7 @@ def _fill(folder: Path, subject: Subject, details: Details, progress: Callable[[
             progress("drawing the run")
             _draw(measured.folder, folder / CURVE, details.title)
     (folder / CARD).write_text(model_card(facts, measured), encoding="utf-8")
-    paths = {str(subject.source.absolute())} | (measured.private_paths if measured else set())
+    paths = {str(subject.source.absolute())} | set(measured.cut if measured else ())
     typed = (details.title, (details.address or "").partition(":")[2], details.license, details.data_name)
     check_private(folder, paths, [words for words in typed if words])
     write_sums(folder)
@@ -225,7 +225,7 @@ def _results(facts: Facts, measured: Measured | None, state_sha256: str) -> dict
         "epochs": measured.recipe.epochs,
         "training_s": round(measured.training_s, 1),
         "environment": measured.environment,
-        "forced": measured.forced,
+        "forced_in_epochs": measured.forced,
         "figures": _plain(measured.figures),
     }
 

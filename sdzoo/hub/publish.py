@@ -95,6 +95,8 @@ def publish(
         folder = Path(to) if to is not None and not dry_run else Path(scratch, name)
         write_folder(subject, folder, details, progress)
         progress(_plan(folder, target, to, license))
+        if cut := sorted({*(subject.measured.cut.values() if subject.measured else ())} - {"data_dir"}):
+            progress(f"cut from the recipe, being a path or nothing that is known to be public: {', '.join(cut)}")
         if subject.measured and not subject.measured.recipe.dataset and data_name is None:
             called = shown(subject.measured.data, 100)
             progress(f'the card calls the data set "{called}", after its folder; to call it otherwise: --data NAME')

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,7 +105,8 @@ def one_line(repo: str, api: HfApi) -> Iterator[None]:
         HubError: if the Hub failed, refused, or cannot be reached.
     """
     try:
-        yield
+        with _printable_log():
+            yield
     except (InputError, HubError):
         raise
     except Exception as error:
@@ -111,6 +114,34 @@ def one_line(repo: str, api: HfApi) -> Iterator[None]:
         if said is None:
             raise
         raise said from None
+
+
+@contextmanager
+def _printable_log() -> Iterator[None]:
+    """Let what the client logs meanwhile, a server's words among it, not move the cursor."""
+
+    def in_one_line(record: logging.LogRecord) -> bool:
+        record.msg, record.args = _plain(record.getMessage(), 500), None
+        return True
+
+    known = logging.Logger.manager.loggerDict.items()
+    loggers = [one for name, one in known if name.startswith("huggingface_hub") and isinstance(one, logging.Logger)]
+    for logger in loggers:
+        logger.addFilter(in_one_line)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(in_one_line)
+
+
+@contextmanager
+def printable_warnings() -> Iterator[None]:
+    """Let what a server has the client warn of, as it does of a card, not move the cursor; not for many threads."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        warnings.warn(_plain(warning.message, 500), warning.category, stacklevel=4)
 
 
 def _first_cause(error: Exception) -> Exception:
@@ -146,6 +177,11 @@ def unreachable(endpoint: str, why: str = "") -> HubError:
 def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> Exception:
     response: Any = error.response
     status, has_token = response.status_code, "authorization" in response.request.headers
+    said = _plain(error.server_message or response.reason_phrase)
+    if (place := _place(response.request.url)) != _place(endpoint):
+        return HubError(
+            f"{repo}: {endpoint} sent on to {place}, which answered {status} ({said}); try again later", status
+        )
     log_in = LOG_IN + "; HF_HUB_DISABLE_IMPLICIT_TOKEN is set" * constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
     if not is_private(endpoint):
         log_in = f"no token is sent to {endpoint}: it is neither https nor this machine"
@@ -166,7 +202,6 @@ def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> Exception:
         return InputError(
             f"{repo}: your token may not do that; make one that may write to it at {endpoint}/settings/tokens, {LOG_IN}"
         )
-    said = _plain(error.server_message or response.reason_phrase)
     if status == 412:
         return HubError(f"{repo} was changed by someone else meanwhile ({said}): look at it, then run again", status)
     if status == 409:
@@ -174,5 +209,12 @@ def _refusal(error: HfHubHTTPError, repo: str, endpoint: str) -> Exception:
     return HubError(f"{repo}: {endpoint} answered {status} ({said}); try again later", status)
 
 
-def _plain(text: object) -> str:
-    return shown(" ".join(str(text).split()), 200)
+def _place(url: object) -> str:
+    """Return the scheme, the host and, where it is another than the scheme's, the port of ``url``."""
+    parts = urlsplit(str(url))
+    port = "" if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f":{parts.port}"
+    return _plain(f"{parts.scheme}://{parts.hostname}{port}")
+
+
+def _plain(text: object, limit: int = 200) -> str:
+    return shown(" ".join(str(text).split()), limit)

@@ -7,6 +7,7 @@ goes on from anywhere.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from huggingface_hub.hf_api import RepoFile
 from sdzoo import __version__
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError, ParityError, shown_names
-from sdzoo.hub.cache import download
+from sdzoo.hub.cache import COMMIT, download
 from sdzoo.hub.layout import OF_THE_HUB, OURS
-from sdzoo.hub.remote import HubError, one_line
+from sdzoo.hub.remote import HubError, one_line, printable_warnings
 
 AGAIN = "run the same command again: it goes on from there"
 
@@ -93,9 +94,22 @@ def _refs(repo: str, api: HfApi) -> tuple[dict[str, str], dict[str, str], dict[s
     """Return the commits of the tags, the branches and the pull requests of ``repo``, the last as ``refs/pr/N``."""
     with one_line(repo, api):
         refs = api.list_repo_refs(repo, include_pull_requests=True)
-    tags = {tag.name: tag.target_commit for tag in refs.tags}
-    branches = {branch.name: branch.target_commit for branch in refs.branches}
-    return tags, branches, {request.ref: request.target_commit for request in refs.pull_requests or []}
+        tags = {tag.name: _commit_id(tag.target_commit) for tag in refs.tags}
+        branches = {branch.name: _commit_id(branch.target_commit) for branch in refs.branches}
+        requests = {_pull_request(one.ref): _commit_id(one.target_commit) for one in refs.pull_requests or []}
+    return tags, branches, requests
+
+
+def _commit_id(said: str | None) -> str:
+    if not COMMIT.fullmatch(said or ""):
+        raise ValueError(f'"{said}" is no commit')
+    return str(said)
+
+
+def _pull_request(said: str | None) -> str:
+    if not re.fullmatch(r"refs/pr/[0-9]+", said or ""):
+        raise ValueError(f'"{said}" is no pull request')
+    return str(said)
 
 
 def _find(folder: Path, target: Target, api: HfApi) -> tuple[Commit | None, str]:
@@ -124,8 +138,8 @@ def _find(folder: Path, target: Target, api: HfApi) -> tuple[Commit | None, str]
 def _commit(folder: Path, target: Target, api: HfApi, progress: Callable[[str], None]) -> Commit:
     repo = target.repo
     with one_line(f"{repo}@{target.revision}", api):
-        info = api.model_info(repo, revision=target.revision)
-    there = _tree(repo, str(info.sha), api)
+        parent = _commit_id(api.model_info(repo, revision=target.revision).sha)
+    there = _tree(repo, parent, api)
     names = sorted(file.name for file in folder.iterdir())
     others = sorted(there.keys() - {*names, OF_THE_HUB})
     if foreign := [name for name in others if name not in OURS]:
@@ -138,16 +152,16 @@ def _commit(folder: Path, target: Target, api: HfApi, progress: Callable[[str], 
     changed = {"replacing": [name for name in names if name in there], "removing": others}
     said = "".join(f", {how} {', '.join(found)}" for how, found in changed.items() if found)
     progress(f"committing {len(names)} files to {target.revision} of {repo}{said}")
-    with one_line(repo, api):
+    with one_line(repo, api), printable_warnings():
         made = api.create_commit(
             repo,
             [*changes, *deleted],
             commit_message=f"Published with sdzoo {__version__}",
             revision=target.revision,
-            parent_commit=info.sha,
+            parent_commit=parent,
             create_pr=target.pr,
         )
-    return Commit(made.oid, made.pr_revision)
+        return Commit(_commit_id(made.oid), _pull_request(made.pr_revision) if target.pr else None)
 
 
 def _compare(folder: Path, repo: str, oid: str, api: HfApi) -> None:
@@ -237,12 +251,23 @@ def _before(error: BaseException, folder: Path, target: Target, api: HfApi) -> s
     """Return what is there after ``error``, if need be by asking: the answer to a commit may have been lost."""
     refused = isinstance(error, HubError) and error.status is not None and error.status < 500
     if refused or isinstance(error, InputError):
-        return f"nothing was committed to {target.repo}"
+        return f"nothing was committed to {target.repo}{_if_empty(target, api)}"
     try:
         commit, _ = _find(folder, target, api)
     except (InputError, HubError):
         return f"{target.repo} could not be asked whether it holds the commit"
-    return _after(commit, target, api) if commit else f"{target.repo} holds no such commit"
+    return _after(commit, target, api) if commit else f"{target.repo} holds no such commit{_if_empty(target, api)}"
+
+
+def _if_empty(target: Target, api: HfApi) -> str:
+    """Return that a new repository is left without files, if it may be so, and where to be rid of it."""
+    try:
+        there = _tree(target.repo, target.revision, api).keys() - {OF_THE_HUB}
+    except (InputError, HubError):
+        return ""
+    if there or target.revision != constants.DEFAULT_REVISION:
+        return ""
+    return f", whose {target.revision} is empty (if it is new and not wanted: {api.endpoint}/{target.repo}/settings)"
 
 
 def _after(commit: Commit, target: Target, api: HfApi) -> str:

@@ -66,7 +66,7 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
     yield server
-    getattr(huggingface_hub, "close_session", lambda: None)()
+    huggingface_hub.close_session()
     server.close()
 
 

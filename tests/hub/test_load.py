@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,18 @@ def test_the_cache_is_timms_too(hub: HubServer, repo: Repo, reference: nn.Module
 def test_what_timm_has_cached_is_taken(hub: HubServer, repo: Repo, reference: nn.Module) -> None:
     timm.create_model(f"hf-hub:{REPO}@v1.0", pretrained=True)
     assert same(open_hub(f"{REPO}@v1.0")[0], reference) and gets(hub) == 1
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(hub: HubServer, repo: Repo, cache: Path) -> None:
+    folder = cache / f"models--{REPO.replace('/', '--')}"
+    for name, age in {"old": 90_000, "new": 80_000}.items():
+        (scratch := folder / f"incomplete-{name}").mkdir(parents=True)
+        (scratch / "file").write_bytes(b"part")
+        for path, then in ((scratch / "file", time.time() - age), (scratch, time.time() - 90_000)):
+            os.utime(path, (then, then))
+    (folder / "incomplete-empty").mkdir()
+    open_hub(f"{REPO}@v1.0")
+    assert {file.name for file in folder.glob("incomplete-*")} == {"incomplete-new", "incomplete-empty"}
 
 
 def test_a_cache_that_cannot_be_written(hub: HubServer, repo: Repo, tmp_path: Path) -> None:

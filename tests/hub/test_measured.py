@@ -75,6 +75,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "lacks sha256: it is damaged, or of an older sdzoo; rem",
     ),
     "no word of force": (lambda run: edit_result(run, forced=None), "lacks forced"),
+    "forced at no epoch": (lambda run: edit_result(run, forced=["lr: 0.1"]), "is damaged: when it was forced"),
     "no session": (lambda run: edit_result(run, environment=[]), "its images, seconds or environment"),
     "no mapping": (lambda run: (run / "result.json").write_text("[]"), "lacks data, seal, corrupt_training_images"),
     "cut off": (lambda run: (run / "result.json").write_text("{"), "result.json is damaged"),
@@ -109,6 +110,7 @@ def test_measuring_again_does_not_change_where_it_was_trained(run: Path) -> None
     sdzoo.train(dataclasses.replace(recipe, epochs=3), None, run, resume=True, device="cpu", force=True)
     torch.set_num_threads(threads)
     assert read_measured(run).environment == [*trained_in, trained_in[0] | {"threads": threads + 1}]
+    assert read_measured(run).forced == (3,)
 
 
 def test_a_run_in_use_is_refused(run: Path) -> None:

@@ -168,6 +168,6 @@ def test_times_in_words(seconds: float, words: str, measured: Measured) -> None:
 
 def test_a_run_that_was_forced_is_not_said_to_be_made_by_its_recipe_alone(measured: Measured) -> None:
     """Which values were others is not said: paths may be among them."""
-    plain, forced = (model_card(FACTS, dataclasses.replace(measured, forced=times)) for times in (0, 2))
-    assert "the last of several: resumed by force 2 times" in forced
+    plain, forced = (model_card(FACTS, dataclasses.replace(measured, forced=epochs)) for epochs in ((), (2, 5)))
+    assert "the last of several: resumed by force in epochs 2, 5 |" in forced
     assert "by force" not in plain

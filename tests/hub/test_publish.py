@@ -203,11 +203,12 @@ def cut(hub: HubServer) -> None:
     hub.cut_uploads = 1000
 
 
-BEFORE, AFTER = f"; {REPO} holds no such commit; run the same", "commit [0-9a-f]{40} is on main of"
+EMPTY = rf"whose main is empty \(if it is new and not wanted: http.*/{REPO}/settings\)"
+BEFORE, AFTER = f"; {REPO} holds no such commit, {EMPTY}; run the same", "commit [0-9a-f]{40} is on main of"
 BREAKS: dict[str, tuple[Callable[[HubServer], Any], str, bool]] = {
     "upload cut": (cut, BEFORE, False),
     "commit": (fails_at("commit"), f"answered 500.*{BEFORE}", False),
-    "upload refused": (fails_at("batch", 403), f"; nothing was committed to {REPO}$", False),
+    "upload refused": (fails_at("batch", 403), f"; nothing was committed to {REPO}, {EMPTY}$", False),
     "tag": (fails_at("tag"), f"answered 500.*{AFTER} .*without the tag v1.0", True),
     "damaged on the way back": (lambda hub: setattr(hub, "flips", 99), f"what came back from .*model.*{AFTER}", True),
 }
@@ -322,6 +323,54 @@ def test_a_tag_whose_answer_was_lost_is_said_to_be_there(
     monkeypatch.setattr(_Handler, "_tag", lost)
     with pytest.raises(HubError, match=f"is on main of {REPO}, with the tag v1.0; {AGAIN}"):
         put()
+
+
+def test_only_an_empty_repository_is_called_empty(hub: HubServer, put: Publish) -> None:
+    hub.add(REPO, {".gitattributes": b"", "README.md": b"old"})
+    fails_at("commit", 400)(hub)
+    with pytest.raises(HubError, match=f"; nothing was committed to {REPO}; {AGAIN}$"):
+        put()
+    held = hub.add(REPO, {".gitattributes": b"", "README.md": b"old"})
+    held.commit({".gitattributes": b""}, "next")
+    fails_at("commit", 400)(hub)
+    with pytest.raises(HubError, match=f"; nothing was committed to {REPO}; {AGAIN}$"):
+        put(revision="next")
+
+
+EVIL = "\x1b[2Jevil"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "lie", "said"),
+    [
+        ("refs", {"tags": [{"name": "v1.0", "ref": "refs/tags/v1.0", "targetCommit": EVIL}]}, "is no commit"),
+        ("refs", {"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": EVIL}]}, "is no commit"),
+        ("refs", {"pullRequests": [{"name": "", "ref": EVIL, "targetCommit": "0" * 40}]}, "is no pull request"),
+        ("refs", {"pullRequests": [{"name": "", "ref": "refs/pr/1", "targetCommit": EVIL}]}, "is no commit"),
+        ("info", {"sha": EVIL}, "is no commit"),
+        ("commit", {"commitOid": EVIL}, "is no commit"),
+    ],
+)
+def test_what_a_hub_calls_a_commit_or_a_pull_request_is_one(
+    endpoint: str, lie: dict[str, Any], said: str, hub: HubServer, put: Publish
+) -> None:
+    hub.lies[endpoint] = lambda answer: answer | lie
+    with pytest.raises(HubError, match=rf'did not answer as a Hub does.*\\x1b\[2Jevil" {said}') as caught:
+        put()
+    assert str(caught.value).isprintable()
+
+
+def test_what_a_hub_warns_of_cannot_move_the_cursor(hub: HubServer, put: Publish) -> None:
+    hub.lies["validate"] = lambda answer: answer | {"warnings": [{"message": EVIL}]}
+    with pytest.warns(UserWarning, match=r"README\.md: - \\x1b\[2Jevil$"):
+        assert put().tag == "v1.0"
+
+
+def test_a_pull_request_without_an_address_is_none(hub: HubServer, put: Publish) -> None:
+    hub.add(REPO, {".gitattributes": b""})
+    hub.lies["commit"] = lambda answer: answer | {"pullRequestUrl": None}
+    with pytest.raises(HubError, match=r'"None" is no pull request\); commit .* is on refs/pr/1 of'):
+        put(pr=True)
 
 
 def test_a_branch_is_not_forgotten_where_the_tag_is_there(hub: HubServer, put: Publish) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_server import READ, WRITE, HubServer
+from hub_server import READ, WRITE, HubServer, Refused, _Handler
 from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import _http
 
 from sdzoo.errors import InputError
 from sdzoo.hub import remote
@@ -229,3 +234,53 @@ def test_what_is_not_the_hubs_is_left_alone(error: Exception, hub: HubServer, tm
     with pytest.raises(type(error)) as caught, one_line(REPO, client()):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("code", ["", "EntryNotFound", "RepoNotFound", "GatedRepo"])
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_what_another_host_answers_is_not_the_hubs_word(
+    status: int, code: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(handler: _Handler, body: bytes, **given: str) -> None:
+        if handler.hub is not hub:
+            raise Refused(status, "made to fail", code)
+        handler._send(302, b"", {"Location": f"{other.url}/org/stored/resolve/main/9f8e"})
+
+    monkeypatch.setattr(_Handler, "_resolve", elsewhere)
+    api = client(token=READ)
+    with contextlib.closing(HubServer()) as other, pytest.raises(HubError) as caught, one_line(REPO, api):
+        http_get(f"{hub.url}/{REPO}/resolve/main/a.txt", io.BytesIO(), headers={"authorization": f"Bearer {READ}"})
+    assert caught.value.status == status
+    said = f"{REPO}: {hub.url} sent on to {other.url}, which answered {status} "
+    assert str(caught.value).startswith(said) and str(caught.value).endswith("; try again later")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("https://hub.example", "https://HUB.example:443/a/b?c", True),
+        ("http://hub.example:80", "http://hub.example/", True),
+        ("http://[::1]:80", "http://[::1]:80/a", True),
+        ("http://hub.example:80", "https://hub.example", False),
+        ("http://hub.example:81", "http://hub.example", False),
+        ("https://hub.example", "https://hub.example.org", False),
+        ("https://hub.example", "https://hub.example@evil.org", False),
+    ],
+)
+def test_which_addresses_are_of_one_host(one: str, other: str, same: bool) -> None:
+    assert (remote._place(one) == remote._place(other)) == same
+
+
+def test_what_a_server_warns_of_cannot_move_the_cursor(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_http, "_WARNED_TOPICS", set())
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("huggingface_hub").addHandler(handler)
+    hub.add(REPO, {"a.txt": b"a"})
+    for topic, inside in (("a", True), ("b", False)):
+        hub.headers = {"X-HF-Warning": f"{topic}; \x1b[2Jcleared 100 %s"}
+        with one_line(REPO, client()) if inside else contextlib.nullcontext():
+            http_get(f"{hub.url}/{REPO}/resolve/main/a.txt", io.BytesIO())
+    logging.getLogger("huggingface_hub").removeHandler(handler)
+    said = stream.getvalue().splitlines()
+    assert said == [r"\x1b[2Jcleared 100 %s", "\x1b[2Jcleared 100 %s"], "others are left to themselves"
