@@ -594,6 +594,7 @@ def test_a_checkpoint_between_the_step_that_broke_the_weights_and_the_loss_that_
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
+@pytest.mark.slow
 def test_steps_that_float16_skips_do_not_spoil_the_epochs_means(
     image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_best_weights_load_by_path_and_as_pretrained(ema_run: Path) -> None:
     assert torch.equal(logits(pretrained), expected)
 
 
+@pytest.mark.slow
 def test_resume_checkpoint_restores_weights_optimizer_and_scaler(
     image_folder: Path, tmp_path: Path, make_recipe: MakeRecipe, net: nn.Module
 ) -> None:
