@@ -47,7 +47,8 @@ def _publish(arguments: argparse.Namespace) -> None:
         when = "next, once it is merged" if done.pull_request else "next"
         print(f"{when}: {_command(arguments, without='--pr')}    # adds the tag {arguments.tag}")
     else:
-        print(f"done: {arguments.repo}, {done.tag} is commit {done.commit}\nnext: sdzoo verify hub:{arguments.repo}")
+        print(f"done: {arguments.repo}, {done.tag} is commit {done.commit}")
+        print(f"next: sdzoo verify hub:{arguments.repo}@{done.tag}")
 
 
 def _command(arguments: argparse.Namespace, without: str) -> str:

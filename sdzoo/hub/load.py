@@ -26,6 +26,7 @@ from sdzoo.weights.published import known
 
 MAX_HEADER_BYTES = 16_000_000  # of the largest model it is 1.4 million
 MAX_FILE_BYTES = 4_000_000_000
+FROM_CACHE = ", from the cache as the Hub did not answer"
 FLOATS, INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64",)
 SAID_TWICE = (
     *("arch", "num_classes", "in_chans", "labels", "mode", "model_kwargs"),
@@ -60,7 +61,7 @@ class Origin:
         return self.knew_commit and self.knew_sha256 is not None and self.says_all
 
     def __str__(self) -> str:
-        source = f"{self.source}, from the cache as the Hub did not answer" if self.cached else self.source
+        source = f"{self.source}{FROM_CACHE}" if self.cached else self.source
         if self.pinned:
             known = "you gave it" if self.knew_sha256 == "you" else "sdzoo knows it"
             return f"pinned: {source}, sha256 {self.sha256} as {known}; it is of the weights, not of licence and card"
@@ -117,22 +118,27 @@ def open_hub(
 def verify_hub(name: str | Path, cache_dir: str | Path | None = None, api: HfApi | None = None) -> str:
     """Compare a repository or a folder with its ``SHA256SUMS``, file by file, and return what was compared.
 
+    Of a repository every file is fetched anew. Where the Hub does not answer, those in the cache are compared, and what
+    is returned says so.
+
     Raises:
         Damaged: an InputError, naming the files that are changed, missing or not listed; and as :func:`load_hub`.
     """
     source = open_source(name, cache_dir, api)
     sums = once_more(lambda again: _compare(source, again), source)
     source.remember()
-    return f"{source}: {len(sums)} files are what {SUMS} says"
+    cached = FROM_CACHE if isinstance(source, Repo) and source.sizes is None else ""
+    return f"{source}{cached}: {len(sums)} files are what {SUMS} says"
 
 
 def _compare(source: Source, again: bool) -> dict[str, str]:
     if (total := source.total_bytes()) > 3 * MAX_FILE_BYTES:
         raise InputError(f"{source} has {total:,} bytes; at most {3 * MAX_FILE_BYTES:,}")
-    sums = source.sums(again)
+    anew = source.can_come_again() and not again
+    sums = source.sums(anew or again)
     names = source.names()
     there = set(sums) if names is None else names - {SUMS}
-    differing = [name for name in sorted(sums.keys() & there) if _differs(source, name, sums[name], False)]
+    differing = [name for name in sorted(sums.keys() & there) if _differs(source, name, sums[name], anew)]
     if again:
         differing = [name for name in differing if _differs(source, name, sums[name], True)]
     compare(sums, there, differing, str(source))

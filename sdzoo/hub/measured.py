@@ -53,7 +53,7 @@ class Measured:
     Attributes:
         folder: Where it lies.
         recipe: All keys with their values, as others may see them.
-        cut: Every text that was cut from it, and under which key it stood.
+        cut: Every text that was cut from it, with the key under which it stood.
         data: The data set's name in recipes, or that of its folder.
         training_images: How many it trained on.
         corrupt_images: How many of them could not be read.
@@ -65,7 +65,7 @@ class Measured:
 
     folder: RunFolder = field(compare=False)
     recipe: Recipe
-    cut: dict[str, str]
+    cut: frozenset[tuple[str, str]]
     data: str
     training_images: int
     corrupt_images: int

@@ -1,6 +1,7 @@
 """What of this machine stays on it when a model leaves: paths, secrets, and the names of host and user.
 
-Of what a recipe says, what is known to be harmless is published, and nothing else: no list of what is private is whole.
+Of what a recipe says, short words and numbers are published, of a path its last part, and nothing else: no list of what
+is private is whole. (A secret that looks like short words, as ``abcd-efgh`` does, is not told from them.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _PLAIN = re.compile(
 _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s:@?#&;=|<>\"'`]*[/\\]([^/\\]+)[/\\]*")
 _LEFT = re.compile(
     r"\bpipe:|://[^\s/]*@|[?&;]\s*[\w-]*(?:token|key|secret|signature|password)=|"
-    r"\b(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|akia|asia)\w{16,}",
+    r"\b(?-i:(?:AKIA|ASIA)[A-Z0-9]{16}|(?:hf|gh[a-z])_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,}|sk-[\w-]{32,})",
     re.IGNORECASE,
 )
 
@@ -46,9 +47,9 @@ def public_recipe(recipe: Recipe) -> Recipe:
     return dataclasses.replace(_public(recipe), data_dir=None)
 
 
-def private_texts(recipe: Recipe) -> dict[str, str]:
-    """Return every text that :func:`public_recipe` changes, and under which of the recipe's keys it stands."""
-    return {text: key for text, key in _texts(recipe) if public_text(text) != text}
+def private_texts(recipe: Recipe) -> frozenset[tuple[str, str]]:
+    """Return every text that :func:`public_recipe` changes, with the recipe's key under which it stands."""
+    return frozenset((text, key) for text, key in _texts(recipe) if public_text(text) != text)
 
 
 def public_text(text: str) -> str:
@@ -84,31 +85,39 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield str(value), key
 
 
-def private_names_in(text: str) -> list[str]:
-    """Return those of the names of this host and this user that are words of ``text``, or of a path in it."""
+def private_names_in(text: str, ours: Collection[str] = ()) -> list[str]:
+    """Return those of the names of this host and this user that are words of ``text``, or of a path in it.
+
+    A name that is a word of ``ours`` too, which every publication holds, tells nothing but in a path.
+    """
     found = []
     for name in sorted(_names()):
         word = _word(name)
-        if len(name) < SHORTEST or name in COMMON:
+        if len(name) < SHORTEST or name in COMMON or name in ours:
             word = rf"(?<=[/\\]){word}|{word}(?=[/\\])"
         if re.search(word, text, re.IGNORECASE):
             found.append(name)
     return found
 
 
-def check_private(folder: Path, private: Collection[str], typed: Collection[str] = ()) -> None:
+def check_private(
+    folder: Path, private: Collection[str], typed: Collection[str] = (), ours: Collection[str] = ()
+) -> None:
     """Check that nothing in ``folder`` names this host, this user, their home, one of ``private``, or a secret.
 
     Args:
         folder: What will be published.
-        private: Where things lie on this machine, and what was cut: of that, the words are searched for too.
+        private: Where things lie on this machine, and what was cut: of that, the words are searched for too, and those
+            alone that are not harmless by themselves.
         typed: What the publisher gave in so many words, which may be named like host or user.
+        ours: See :func:`private_names_in`.
 
     Raises:
         InputError: naming the file and what it holds.
     """
-    words = {word.strip("'\"") for text in private for word in text.split()}
-    said = {*private, *(word for word in words if len(word) > SHORTEST and public_text(word) != word)}
+    telling = {text for text in private if any(public_text(word) != word for word in text.split())}
+    words = {word.strip("'\"") for text in telling for word in text.split()}
+    said = {*telling, *(word for word in words if len(word) > SHORTEST and public_text(word) != word)}
     places = sorted(place for place in {*said, str(Path.home())} if re.search(r"\w", place))
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
@@ -120,7 +129,7 @@ def check_private(folder: Path, private: Collection[str], typed: Collection[str]
             found += sorted({left[0] for left in _LEFT.finditer(text)})
             for given in sorted(typed, key=len, reverse=True):
                 text = re.sub(_word(given), " ", text)
-            found += private_names_in(text)
+            found += private_names_in(text, ours)
         if found:
             raise InputError(f"not published: {file.name} would hold {', '.join(found)}, which belongs to this machine")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +19,15 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from sdzoo import parity
+from sdzoo.deploy import onnx_export, verification
 from sdzoo.deploy.onnx_export import Settings, build_onnx, labels_of
 from sdzoo.deploy.verification import default_images, normalised
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError, ParityError
 from sdzoo.files import atomic_folder
+from sdzoo.hub import measured as run_reader
+from sdzoo.hub import model_card as card_writer
 from sdzoo.hub.layout import (
     CARD,
     CONFIG,
@@ -37,12 +44,13 @@ from sdzoo.hub.layout import (
     write_sums,
 )
 from sdzoo.hub.measured import Figures, Measured, read_measured
-from sdzoo.hub.model_card import Facts, model_card
-from sdzoo.hub.private import check_private, private_names_in
+from sdzoo.hub.model_card import DATASETS, Facts, model_card
+from sdzoo.hub.private import PRIVATE, check_private, private_names_in
 from sdzoo.images import input_config
 from sdzoo.macs import count_macs
 from sdzoo.plots import draw_runs
 from sdzoo.survival import survival_probs
+from sdzoo.training import environment, recipe
 from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.recipe_yaml import dump_yaml
@@ -149,6 +157,8 @@ def _fill(folder: Path, subject: Subject, details: Details, progress: Callable[[
     labels = labels_of(model)
     if details.data_name:
         _check_data_name(details.data_name, measured)
+    elif measured and measured.data == PRIVATE:
+        raise InputError("what the run calls its data set is not published as it is: call it with --data")
     elif measured and not measured.recipe.dataset and private_names_in(measured.data):
         raise InputError(f'the data set\'s name "{measured.data}" holds that of host or user: call it with --data')
     description = describe(model, tuple(labels or ()))
@@ -175,14 +185,23 @@ def _fill(folder: Path, subject: Subject, details: Details, progress: Callable[[
             progress("drawing the run")
             _draw(measured.folder, folder / CURVE, details.title)
     (folder / CARD).write_text(model_card(facts, measured), encoding="utf-8")
-    paths = {str(subject.source.absolute())} | set(measured.cut if measured else ())
-    typed = (details.title, (details.address or "").partition(":")[2], details.license, details.data_name)
-    check_private(folder, paths, [words for words in typed if words])
+    private = {str(subject.source.absolute())} | {text for text, _ in (measured.cut if measured else ())}
+    typed = [details.title, (details.address or "").partition(":")[2], details.license, details.data_name]
+    typed += [measured.recipe.dataset] if measured and measured.recipe.dataset in DATASETS else []
+    check_private(folder, private, [words for words in typed if words], _own_words(folder))
     write_sums(folder)
 
 
+def _own_words(folder: Path) -> set[str]:
+    """Return the words that sdzoo and timm write into every publication, from the sources of what writes them."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    writers = (card_writer, run_reader, recipe, environment, parity, verification, onnx_export, sys.modules[__name__])
+    text = " ".join([*map(inspect.getsource, writers), *config, *config["pretrained_cfg"]])
+    return set(re.findall(r"[^\W\d_]+", text.casefold()))
+
+
 def _check_data_name(name: str, measured: Measured | None) -> None:
-    if measured is None or measured.recipe.dataset:
+    if measured is None or (measured.recipe.dataset and measured.data != PRIVATE):
         known = f", which knows its data as {measured.data}" if measured else ", not for a checkpoint"
         raise InputError(f"--data is for a run on a folder of images{known}")
     if not name.isprintable() or len(name) > 100:

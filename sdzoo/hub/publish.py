@@ -90,12 +90,14 @@ def publish(
     target = _target(repo, revision, tag, private, pr) if repo is not None else None
     subject = open_subject(source, no_metrics, arch)
     name = target.repo.partition("/")[2] if target else Path(to or "").resolve().name
+    if not name.isprintable():
+        raise InputError(f"--to {name!r:.100}: the card cannot be called so")
     details = Details(name, license, f"hf-hub:{repo}@{tag}" if repo else None, data_name, onnx)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="sdzoo-publish-") as scratch:
         folder = Path(to) if to is not None and not dry_run else Path(scratch, name)
         write_folder(subject, folder, details, progress)
         progress(_plan(folder, target, to, license))
-        if cut := sorted({*(subject.measured.cut.values() if subject.measured else ())} - {"data_dir"}):
+        if cut := sorted({key for _, key in (subject.measured.cut if subject.measured else ())} - {"data_dir"}):
             progress(f"cut from the recipe, being a path or nothing that is known to be public: {', '.join(cut)}")
         if subject.measured and not subject.measured.recipe.dataset and data_name is None:
             called = shown(subject.measured.data, 100)

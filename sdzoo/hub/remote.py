@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,8 @@ def is_private(endpoint: str) -> bool:
     except ValueError:
         scheme, host, user = "", None, None
     if not host or scheme not in ("http", "https") or user is not None:
-        raise InputError(f'"{endpoint}" is not the address of a Hub, as {constants.ENDPOINT} is')
+        given = re.sub(r"//[^/]*@", "//...@", endpoint)
+        raise InputError(f'"{given}" is not the address of a Hub (HF_ENDPOINT), as https://huggingface.co is')
     return scheme == "https" or host == "localhost" or _is_loopback(host)
 
 

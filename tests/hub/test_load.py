@@ -26,7 +26,7 @@ from sdzoo.cli import main
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError
 from sdzoo.hub import load
-from sdzoo.hub.layout import CONFIG, MODEL, SUMS, write_sums
+from sdzoo.hub.layout import CONFIG, MODEL, SUMS, Damaged, write_sums
 from sdzoo.hub.load import load_hub, open_hub, verify_hub
 from sdzoo.hub.remote import HubError
 from sdzoo.weights import published as registry
@@ -202,6 +202,14 @@ def test_verify_fetches_again_what_differed_and_not_without_end(
         verify_hub(REPO)
 
 
+def test_verify_asks_the_hub_and_not_the_cache(hub: HubServer, repo: Repo) -> None:
+    assert "cache" not in verify_hub(f"{REPO}@v1.0")
+    held = repo.commits[repo.tags["v1.0"]]
+    held[MODEL] = held[MODEL][:-1] + b"\xff"
+    with pytest.raises(Damaged, match=f"changed: {MODEL}"):
+        verify_hub(f"{REPO}@v1.0")
+
+
 def test_a_byte_flipped_on_the_way_is_fetched_again(hub: HubServer, repo: Repo, reference: nn.Module) -> None:
     hub.flips = 1
     assert same(open_hub(f"{REPO}@v1.0")[0], reference)
@@ -313,7 +321,8 @@ def test_from_the_cache_when_the_hub_is_away(
     assert same(model, reference) and origin.source == f"{REPO}@{repo.tags['v1.0']}"
     assert origin.knew_commit == (revision == "@COMMIT")
     assert origin.cached and f"{origin.source}, from the cache as the Hub did not answer" in str(origin)
-    assert verify_hub(name).startswith(origin.source)
+    said = "" if away == "failing" else ", from the cache as the Hub did not answer"  # it fails once
+    assert verify_hub(name).startswith(f"{origin.source}{said}: ")
     assert away == "failing" or len(hub.asked) == asked
 
 

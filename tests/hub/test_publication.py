@@ -281,9 +281,15 @@ def test_a_recipe_leaves_with_what_is_known_to_be_harmless(
     found = public_recipe(dataclasses.replace(recipe, **given))
     assert found == dataclasses.replace(recipe, **{"data_dir": None, **published_as})
     changed = given != published_as and "data_dir" not in given
-    assert {key.split(".")[0] for key in private_texts(dataclasses.replace(recipe, **given)).values()} == (
+    assert {key.split(".")[0] for _, key in private_texts(dataclasses.replace(recipe, **given))} == (
         set(given) if changed else set()
     )
+
+
+def test_every_key_is_named_whose_text_was_cut(finished_run: Path) -> None:
+    recipe = load_recipe(finished_run / "recipe.yaml")
+    cut = dataclasses.replace(recipe, data_dir="my train", train_split="my train", val_split="my train")
+    assert {key for _, key in private_texts(cut)} == {"data_dir", "train_split", "val_split"}
 
 
 @pytest.mark.parametrize("file", sorted(Path(sdzoo.__file__).parents[1].glob("recipes/*.yaml")), ids=lambda f: f.name)
@@ -327,12 +333,41 @@ def test_host_and_user_are_found_in_a_name(data: str, run: Path, write: Write, m
         write()
 
 
+@pytest.mark.parametrize("changes", [{"dataset": "wds/my ring"}, {"dataset": "", "data": "my ring"}])
+def test_a_data_set_whose_name_is_not_published_is_to_be_named(
+    changes: dict[str, str], run: Path, write: Write
+) -> None:
+    edit_recipe(run, dataset=changes["dataset"])
+    edit_result(run, data=changes.get("data", changes["dataset"]))
+    with pytest.raises(InputError, match="calls its data set is not published as it is: call it with --data"):
+        write()
+    out = write(Details("t", "mit", data_name="Ring"))
+    assert "trained from scratch on Ring" in (out / CARD).read_text()
+    assert not [file.name for file in out.iterdir() if b"my ring" in file.read_bytes()]
+
+
 def test_a_word_that_is_not_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     for user, text in (("frodo", "frodos frodo1"), ("bob", "bob, a bob-cat"), ("root", "the root of it")):
         monkeypatch.setattr(getpass, "getuser", lambda user=user: user)
         assert not private_names_in(text)
         assert private_names_in(f"/home/{user}") == private_names_in(f"{user}/x") == [user]
+
+
+@pytest.mark.parametrize(
+    "name", ["daniel", "weinberger", "deep", "vision", "torch", "python", "timm", "block", "train"]
+)
+def test_who_is_called_by_a_word_of_every_card_can_publish(
+    name: str, run: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Daniel Sedra is cited in each. In a path it is found all the same."""
+    monkeypatch.setattr(getpass, "getuser", lambda: name)
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    write()
+    edit_recipe(run, train_split=f"{name}/x")
+    monkeypatch.setattr(measured, "public_recipe", lambda recipe: recipe)
+    with pytest.raises(InputError, match=f"not published: .* would hold .*{name}"):
+        write()
 
 
 def test_a_publisher_may_be_called_as_on_the_hub(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +420,17 @@ def test_what_looks_like_a_secret_is_not_published(secret: str, tmp_path: Path) 
     (tmp_path / "recipe.yaml").write_text(f"a: {secret}")
     with pytest.raises(InputError, match=r"recipe\.yaml would hold"):
         check_private(tmp_path, ())
+
+
+@pytest.mark.parametrize("name", ["Asian_small_clawed_otter", "asiaticelephantisbig1", "hf_resnetlonglonglong", "sk-8"])
+def test_what_begins_like_a_secret_is_none(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": [name]}))
+    check_private(tmp_path, ())
+
+
+def test_what_was_cut_of_harmless_words_alone_may_stand_elsewhere(run: Path, write: Write) -> None:
+    edit_recipe(run, train_split="training images")  # as the card says of each
+    write()
 
 
 def test_of_what_was_cut_each_word_is_searched_for(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_run_goes_there_and_comes_back(
     oid = held.tags["v1.0"]
     assert held.private and held.branches["main"] == oid and commits(hub) == 1
     out = capsys.readouterr().out
-    assert f"done: {REPO}, v1.0 is commit {oid}\nnext: sdzoo verify hub:{REPO}" in out
+    assert f"done: {REPO}, v1.0 is commit {oid}\nnext: sdzoo verify hub:{REPO}@v1.0\n" in out
     sums = read_sums(held.commits[oid]["SHA256SUMS"].decode())
     for name, digest in sums.items():
         assert re.search(rf"^ *[\d,]+ {digest[:12]}  {re.escape(name)}$", out, re.MULTILINE)
@@ -366,6 +366,16 @@ def test_what_a_hub_warns_of_cannot_move_the_cursor(hub: HubServer, put: Publish
         assert put().tag == "v1.0"
 
 
+def test_a_file_that_the_hub_has_under_another_sha256_is_not_tagged(hub: HubServer, put: Publish) -> None:
+    def lie(answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [entry | ({"lfs": entry["lfs"] | {"oid": "0" * 64}} if "lfs" in entry else {}) for entry in answer]
+
+    hub.lies["tree"] = lie
+    with pytest.raises(ParityError, match=r"does not hold what was sent: model\.safetensors; .* without the tag v1\.0"):
+        put()
+    assert not hub.repos[REPO].tags
+
+
 def test_a_pull_request_without_an_address_is_none(hub: HubServer, put: Publish) -> None:
     hub.add(REPO, {".gitattributes": b""})
     hub.lies["commit"] = lambda answer: answer | {"pullRequestUrl": None}
@@ -419,6 +429,12 @@ def test_the_plan_says_what_the_card_calls_the_data(name: str | None, run: Path)
     publish(run, "org/net", license="mit", dry_run=True, data_name=name, progress=said.append)
     note = f'the card calls the data set "{DATA}", after its folder; to call it otherwise: --data NAME'
     assert (note in said) == (name is None)
+
+
+def test_a_folder_whose_name_no_card_can_have(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--to 'a\\nb': the card cannot be called so"):
+        publish(run, None, license="mit", to=tmp_path / "a\nb")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("a")]
 
 
 def test_the_tag_is_on_the_commit_that_was_checked(hub: HubServer, put: Publish) -> None:
