@@ -95,11 +95,15 @@ def open_operand(name: str, arch: str | None) -> nn.Module | str:
 
 @contextmanager
 def warnings_on_one_line() -> Iterator[None]:
-    """Print what is warned of to a person, without the line of code that it comes from."""
-    with warnings.catch_warnings(record=True) as seen:
+    """Print what is warned of to a person, once, without the line of code that it comes from."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        if (text := f"warning: {message}") not in said:
+            print(text, file=sys.stderr, flush=True)
+        said.add(text)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for warning in seen:
-                print(f"warning: {warning.message}", file=sys.stderr)
+        warnings.showwarning = show
+        yield

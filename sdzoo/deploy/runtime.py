@@ -20,7 +20,7 @@ from sdzoo.extras import require
 
 METADATA = (
     *("model", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "labels", "survival_probs"),
-    *("precision", "preprocess", "weights_sha256", "file_sha256", "format", "parity"),
+    *("precision", "preprocess", "weights_sha256", "file_sha256", "format", "parity", "tag"),
 )
 
 
@@ -124,9 +124,11 @@ def _onnx(
         raise InputError(f"{path} takes {got}; its metadata say {kind} (batch, {shape})")
     output = outputs[0].name
     if card is not None:
-        puts = (card.input["name"], card.input["dtype"], card.input["shape"][1:], card.output["name"])
-        if puts != (inputs[0].name, f"{kind}{'' if in_graph else '32'}", shape, output):
-            raise InputError(f"{path} computes {output} of {inputs[0].name}, {kind} {shape}; its {CARD} says otherwise")
+        dtype, layout = ("uint8", "NHWC") if in_graph else ("float32", "NCHW")
+        takes = {"name": inputs[0].name, "dtype": dtype, "layout": layout, "shape": inputs[0].shape}
+        gives = {"name": output, "dtype": "float32", "shape": outputs[0].shape}
+        if {name: card.input.get(name) for name in takes} != takes or card.output != gives:
+            raise InputError(f"{path} makes {gives} of {takes}; its {CARD} says otherwise")
 
     def run(batch: NDArray[Any]) -> NDArray[np.float32]:
         return session.run([output], {inputs[0].name: batch})[0]
@@ -150,7 +152,7 @@ def _onnx(
 
 def _check_alike(card: Card, metadata: dict[str, Any], path: Path) -> None:
     """Check that the card beside a file, by which others feed it, says what the file itself says."""
-    same = ("model", "precision", "weights_sha256", "survival_probs")
+    same = ("model", "tag", "precision", "weights_sha256", "survival_probs", "parity")
     said = (
         card.preprocessing | {"preprocess": card.preprocessing["where"]} | {name: getattr(card, name) for name in same}
     )

@@ -160,7 +160,7 @@ def images_of(folder: str | Path, config: dict[str, Any]) -> Images:
     origin = f"{len(names)} pictures of {root.name}"
     contradicted = sum(len(files) for digest, files in same.items() if digest not in first)
     copies = len(found.files) - contradicted - len(names)
-    kinds = ((copies, "copies"), (contradicted, "files in two classes"))
+    kinds = ((copies, "copy" if copies == 1 else "copies"), (contradicted, "files in two classes"))
     if left_out := ", ".join(f"{count} {kind}" for count, kind in kinds if count):
         left_out = f"left out: {left_out}"
         warnings.warn(f"{root}: {left_out}", stacklevel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -62,6 +63,10 @@ survival probabilities p, by which every branch is weighted in evaluation: they 
 }}
 ```
 """
+
+
+# As names of a host or a user they tell nothing of it.
+CARD_WORDS = frozenset(re.findall(r"[^\W\d_]+", Path(__file__).read_text(encoding="utf-8").casefold()))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ _LEFT = re.compile(
     re.IGNORECASE,
 )
 
+_KEY = re.compile(r'^[ -]*"?\w+"?:', re.MULTILINE)  # of JSON and YAML, as they are written here: a line an entry
+
 
 def public_recipe(recipe: Recipe) -> Recipe:
     """Return ``recipe`` with every text, keys of mappings too, as :func:`public_text`, and without its ``data_dir``."""
@@ -88,7 +90,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def private_names_in(text: str, ours: Collection[str] = ()) -> list[str]:
     """Return those of the names of this host and this user that are words of ``text``, or of a path in it.
 
-    A name that is a word of ``ours`` too, which every publication holds, tells nothing but in a path.
+    A name that is a word of ``ours`` too, which stand there anyhow, tells nothing but in a path.
     """
     found = []
     for name in sorted(_names()):
@@ -110,7 +112,7 @@ def check_private(
         private: Where things lie on this machine, and what was cut: of that, the words are searched for too, and those
             alone that are not harmless by themselves.
         typed: What the publisher gave in so many words, which may be named like host or user.
-        ours: See :func:`private_names_in`.
+        ours: Words of every card. (What a card says of a run stands in another file too, where they do not count.)
 
     Raises:
         InputError: naming the file and what it holds.
@@ -129,7 +131,7 @@ def check_private(
             found += sorted({left[0] for left in _LEFT.finditer(text)})
             for given in sorted(typed, key=len, reverse=True):
                 text = re.sub(_word(given), " ", text)
-            found += private_names_in(text, ours)
+            found += private_names_in(text, ours) if file.name == CARD else private_names_in(_KEY.sub(" ", text))
         if found:
             raise InputError(f"not published: {file.name} would hold {', '.join(found)}, which belongs to this machine")
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
-import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +16,11 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from sdzoo import parity
-from sdzoo.deploy import onnx_export, verification
 from sdzoo.deploy.onnx_export import Settings, build_onnx, labels_of
 from sdzoo.deploy.verification import default_images, normalised
 from sdzoo.digest import file_sha256
 from sdzoo.errors import InputError, ParityError
 from sdzoo.files import atomic_folder
-from sdzoo.hub import measured as run_reader
-from sdzoo.hub import model_card as card_writer
 from sdzoo.hub.layout import (
     CARD,
     CONFIG,
@@ -44,13 +37,12 @@ from sdzoo.hub.layout import (
     write_sums,
 )
 from sdzoo.hub.measured import Figures, Measured, read_measured
-from sdzoo.hub.model_card import DATASETS, Facts, model_card
+from sdzoo.hub.model_card import CARD_WORDS, DATASETS, Facts, model_card
 from sdzoo.hub.private import PRIVATE, check_private, private_names_in
 from sdzoo.images import input_config
 from sdzoo.macs import count_macs
 from sdzoo.plots import draw_runs
 from sdzoo.survival import survival_probs
-from sdzoo.training import environment, recipe
 from sdzoo.training.checkpoint import describe, load_model, read_checkpoint, save_weights
 from sdzoo.training.recipe import Recipe
 from sdzoo.training.recipe_yaml import dump_yaml
@@ -188,16 +180,8 @@ def _fill(folder: Path, subject: Subject, details: Details, progress: Callable[[
     private = {str(subject.source.absolute())} | {text for text, _ in (measured.cut if measured else ())}
     typed = [details.title, (details.address or "").partition(":")[2], details.license, details.data_name]
     typed += [measured.recipe.dataset] if measured and measured.recipe.dataset in DATASETS else []
-    check_private(folder, private, [words for words in typed if words], _own_words(folder))
+    check_private(folder, private, [words for words in typed if words], CARD_WORDS)
     write_sums(folder)
-
-
-def _own_words(folder: Path) -> set[str]:
-    """Return the words that sdzoo and timm write into every publication, from the sources of what writes them."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    writers = (card_writer, run_reader, recipe, environment, parity, verification, onnx_export, sys.modules[__name__])
-    text = " ".join([*map(inspect.getsource, writers), *config, *config["pretrained_cfg"]])
-    return set(re.findall(r"[^\W\d_]+", text.casefold()))
 
 
 def _check_data_name(name: str, measured: Measured | None) -> None:

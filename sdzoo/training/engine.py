@@ -286,7 +286,7 @@ class Run:
             if is_best:
                 save_weights(self.folder.best, trainer.kept, self.description | self.history.rows[-1])
             self._save_last()
-            self.logs.epoch(self.history, trainer.epochs, len(self.identity.survival_probs))
+            self.logs.epoch(self.history, validation.top1_percent, trainer.epochs, len(self.identity.survival_probs))
         progress.log_s += time.perf_counter() - started
 
     def _gather_corrupt(self) -> None:

@@ -30,15 +30,15 @@ class Logs:
         )
         self._draw("step", {name: getattr(step, name) for name in STEP_CURVES}, progress.step)
 
-    def epoch(self, history: History, epochs: int, blocks: int) -> None:
-        """Add the epoch that has just ended, of ``epochs`` in all, and print it."""
+    def epoch(self, history: History, top1_percent: float, epochs: int, blocks: int) -> None:
+        """Add the epoch that has just ended with ``top1_percent`` on val, of ``epochs`` in all, and print it."""
         self._folder.write_log(history.rows)
         row, progress = history.rows[-1], history.progress
         self._draw("epoch", {name: row[name] for name in EPOCH_CURVES}, progress.step)
         best = f"best {progress.best_top1_percent:.2f} % at {progress.best_epoch}"
         print(
             f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.3f}, "
-            f"val top-1 {row['val_top1_percent']:.2f} % ({best}), "
+            f"val top-1 {top1_percent:.2f} % ({best}), "
             f"live blocks {row['live_blocks']:.2f} of {blocks}, {row['seconds']:.0f} s",
             flush=True,
         )

@@ -242,9 +242,9 @@ def test_a_calibration_folder_that_is_too_small(tmp_path: Path, classifier: Net,
 def test_copies_do_not_fill_a_calibration_folder(tmp_path: Path, classifier: Net, few: Path, calibration: Path) -> None:
     some = Path(shutil.copytree(calibration, tmp_path / "some"))
     shutil.copy(some / "0.png", some / "1.png")
-    with pytest.warns(UserWarning, match="left out: 1 copies"):
+    with pytest.warns(UserWarning, match="left out: 1 copy"):
         said = attempt(classifier, tmp_path, images=few, calibration=some)
-    left_out = "left out: 1 copies"
+    left_out = "left out: 1 copy"
     assert said == f"{some}: 255 pictures of some ({left_out}); int8 is calibrated on at least 256"
 
 

@@ -162,7 +162,10 @@ def test_a_card_of_another_precision(tmp_path: Path, onnx_folder: Path) -> None:
         ("input", {"name": "pixels"}),
         ("input", {"dtype": "uint8"}),
         ("input", {"shape": ["batch", 32, 32, 3]}),
+        ("input", {"layout": "NHWC"}),
         ("output", {"name": "features"}),
+        ("output", {"dtype": "float16"}),
+        ("output", {"shape": [1, 10]}),
     ],
 )
 def test_a_card_that_names_other_inputs_or_outputs(
@@ -170,14 +173,21 @@ def test_a_card_that_names_other_inputs_or_outputs(
 ) -> None:
     folder = Path(shutil.copytree(onnx_folder, tmp_path / "out"))
     put_card(folder, **{entry: json.loads((folder / "card.json").read_text())[entry] | changed})
-    assert "model.onnx computes logits of images, float [3, 32, 32]; its card.json says otherwise" in refused(folder)
+    said = refused(folder)
+    assert "model.onnx makes {'name': 'logits', " in said and said.endswith("; its card.json says otherwise")
 
 
-@pytest.mark.parametrize(("name", "value"), [("model", "sd_resnet32"), ("survival_probs", [0.5] * 9)])
+@pytest.mark.parametrize(("name", "value"), [("model", "sd_resnet32"), ("survival_probs", [0.5] * 9), ("tag", "x")])
 def test_a_card_of_another_model(tmp_path: Path, onnx_folder: Path, name: str, value: Any) -> None:
     folder = put_card(Path(shutil.copytree(onnx_folder, tmp_path / "out")), **{name: value})
     assert f"model.onnx: its {name} is " in (message := refused(folder))
     assert message.endswith(f", its card.json says {value}")
+
+
+def test_a_card_with_other_figures(tmp_path: Path, onnx_folder: Path) -> None:
+    folder = Path(shutil.copytree(onnx_folder, tmp_path / "out"))
+    put_card(folder, parity=json.loads((folder / "card.json").read_text())["parity"] | {"max_abs_diff": 0})
+    assert "model.onnx: its parity is " in refused(folder)
 
 
 def test_a_card_of_other_weights(tmp_path: Path, onnx_folder: Path) -> None:

@@ -245,7 +245,8 @@ def test_copies_of_a_picture_are_said_and_not_compared(classifier: Net, few: Pat
         card = export(classifier, "onnx", tmp_path / "exported", images=folder)
     assert isinstance(card.parity, dict)
     copies = len(pictures) + 1 - distinct
-    assert card.parity["inputs"] == f"{distinct} pictures of copied (left out: {copies} copies)"
+    left_out = f"{copies} cop{'y' if copies == 1 else 'ies'}"
+    assert card.parity["inputs"] == f"{distinct} pictures of copied (left out: {left_out})"
 
 
 @pytest.mark.parametrize("max_drop", [float("nan"), -5, 1e9])

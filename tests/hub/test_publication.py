@@ -354,9 +354,7 @@ def test_a_word_that_is_not_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> N
         assert private_names_in(f"/home/{user}") == private_names_in(f"{user}/x") == [user]
 
 
-@pytest.mark.parametrize(
-    "name", ["daniel", "weinberger", "deep", "vision", "torch", "python", "timm", "block", "train"]
-)
+@pytest.mark.parametrize("name", ["daniel", "weinberger", "deep", "vision", "torch", "python", "timm", "block"])
 def test_who_is_called_by_a_word_of_every_card_can_publish(
     name: str, run: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,9 +362,16 @@ def test_who_is_called_by_a_word_of_every_card_can_publish(
     monkeypatch.setattr(getpass, "getuser", lambda: name)
     monkeypatch.setattr(socket, "gethostname", lambda: name)
     write()
-    edit_recipe(run, train_split=f"{name}/x")
-    monkeypatch.setattr(measured, "public_recipe", lambda recipe: recipe)
-    with pytest.raises(InputError, match=f"not published: .* would hold .*{name}"):
+    for said in (f"/home/{name}/{name}_best", f"{name}-val"):  # of a path the last part is published
+        edit_recipe(run, train_split=said)
+        with pytest.raises(InputError, match=f"not published: .* would hold .*{name}"):
+            write()
+
+
+def test_shards_that_are_called_as_the_user_is(run: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "frodo")
+    edit_recipe(run, dataset="wds/frodo")
+    with pytest.raises(InputError, match=r"not published: .* would hold .*frodo"):
         write()
 
 
