@@ -41,7 +41,8 @@ _LEFT = re.compile(
     re.IGNORECASE,
 )
 
-_KEY = re.compile(r'^[ -]*"?\w+"?:', re.MULTILINE)  # of JSON and YAML, as they are written here: a line an entry
+# Our own keys, of JSON and outermost in a recipe; those within are the user's, as of opt_kwargs.
+_KEY = re.compile(r'^(?:[ -]*"\w+"|\w+):', re.MULTILINE)
 
 
 def public_recipe(recipe: Recipe) -> Recipe:

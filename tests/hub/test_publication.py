@@ -368,9 +368,12 @@ def test_who_is_called_by_a_word_of_every_card_can_publish(
             write()
 
 
-def test_shards_that_are_called_as_the_user_is(run: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{"dataset": "wds/frodo"}, {"opt_kwargs": {"frodo": 1}}], ids=["shards", "a key"])
+def test_what_is_called_as_the_user_is(
+    changes: dict[str, Any], run: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "frodo")
-    edit_recipe(run, dataset="wds/frodo")
+    edit_recipe(run, **changes)
     with pytest.raises(InputError, match=r"not published: .* would hold .*frodo"):
         write()
 
